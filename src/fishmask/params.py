@@ -1,0 +1,63 @@
+"""Names of parameters: one canonical name each, and patterns that select them.
+
+A tied parameter (one tensor under several names) appears once, under the first of its names in
+``model.named_parameters()``; its other names are aliases.
+"""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+
+def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the floating-point parameters of ``model`` by canonical name, in module order, tied ones once."""
+    return {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Map every name of every parameter of ``model``, canonical or tied, to its canonical name."""
+    canonical = {id(p): name for name, p in model.named_parameters()}
+    return {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def matching(names: Iterable[str], patterns: str | Sequence[str], role: str) -> list[str]:
+    """Select the names that any pattern matches, on whole dot-separated parts.
+
+    A pattern is a run of parts that may stand anywhere in the name; ``*``, ``?`` and ``[...]`` work within one part.
+    ``"classifier"`` matches ``classifier.weight`` and ``head.classifier.bias`` but not ``pre_classifier.weight``;
+    ``"layer.*.attention"`` matches ``encoder.layer.3.attention.self.query.weight``.
+
+    Args:
+        names: Parameter names.
+        patterns: One pattern or several.
+        role: What the patterns are for, named in the error ("keep", "exclude").
+
+    Returns:
+        The matching names, in the order of ``names``.
+
+    Raises:
+        ValueError: A pattern matches no name: most likely a typing error, so it is never ignored.
+    """
+    names = list(names)
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    split = {name: name.split(".") for name in names}
+    chosen: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name, parts in split.items() if _matches(parts, pattern.split("."))}
+        if not hits:
+            words = sorted({part for parts in split.values() for part in parts} | set(names))
+            near = get_close_matches(pattern, words, n=3)
+            hint = f"close names: {', '.join(near)}" if near else f"names look like: {', '.join(names[:3])}"
+            raise ValueError(f"{role}={pattern!r} matches no parameter ({hint})")
+        chosen |= hits
+    return [name for name in names if name in chosen]
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    width = len(pattern)
+    return any(
+        all(fnmatchcase(part, glob) for part, glob in zip(parts[i : i + width], pattern, strict=True))
+        for i in range(len(parts) - width + 1)
+    )
