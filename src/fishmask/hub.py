@@ -1,0 +1,143 @@
+"""Sequence-classification models and tokenizers from transformers, loaded the same way everywhere."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fishmask.errors import FishError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready for training.
+
+    Attributes:
+        model: The model, in eval mode.
+        tokenizer: Its tokenizer, with a padding token.
+        head: Names of the parameters of the new head, those that the checkpoint does not have.
+    """
+
+    model: Any
+    tokenizer: Any
+    head: tuple[str, ...]
+
+
+def load_for_training(name: str, classes: Sequence[str] = (), *, seed: int = 0) -> Loaded:
+    """Load a pretrained model with a head for these classes.
+
+    Args:
+        name: A local model folder or a name on the Hugging Face hub.
+        classes: Names of the classes; none means regression on one number.
+        seed: Seed of the new head's weights. The state of torch's global generator is left as it was.
+
+    Returns:
+        The model. Where the checkpoint already has a fitting head, ``head`` names that one.
+
+    Raises:
+        FishError: transformers is missing, or the model cannot be loaded.
+    """
+    transformers = _transformers()
+    labels = list(classes) or ["rating"]
+    options = {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": "single_label_classification" if classes else "regression",
+    }
+    with _quiet(transformers), torch.random.fork_rng(devices=[]), _one_error(name):
+        torch.manual_seed(seed)
+        # Not `ignore_mismatched_sizes` alone: a head for other classes is replaced, anything else is an error below.
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+        tokenizer = _tokenizer(transformers, name)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    new = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    outside = _outside_of_the_base(model)
+    lost = sorted(new - set(outside) - set(_poolers(model)))
+    if lost:
+        raise FishError(f"{name}: the checkpoint lacks {len(lost)} weights of the model itself, such as {lost[0]}")
+    head = [key for key, _ in model.named_parameters() if key in new] or outside
+    return Loaded(model.eval(), tokenizer, tuple(head))
+
+
+def load_like(base: str, folder: str | Path | None = None) -> Any:
+    """Load ``base`` with the configuration (classes, head) that a folder holds; by default its own.
+
+    A head that ``base`` lacks is new and random: a delta that keeps the head whole overwrites it.
+    """
+    transformers = _transformers()
+    source = str(folder or base)
+    with _quiet(transformers), torch.random.fork_rng(devices=[]), _one_error(source):
+        config = transformers.AutoConfig.from_pretrained(source)
+        kind = (config.architectures or ["AutoModelForSequenceClassification"])[0]
+        model_class = getattr(transformers, kind)
+        with _one_error(base):
+            model = model_class.from_pretrained(base, config=config, ignore_mismatched_sizes=True)
+    return model.eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model, with a padding token."""
+    transformers = _transformers()
+    with _quiet(transformers), _one_error(name):
+        return _tokenizer(transformers, name)
+
+
+def _tokenizer(transformers: Any, name: str) -> Any:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:  # GPT-2, Llama
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _outside_of_the_base(model: nn.Module) -> list[str]:
+    """Name the parameters that are no part of the pretrained body: the head."""
+    body = f"{model.base_model_prefix}."
+    return [name for name, _ in model.named_parameters() if not name.startswith(body)]
+
+
+def _poolers(model: nn.Module) -> list[str]:
+    """Name the parameters of the pooler, which many checkpoints of a masked language model leave out."""
+    return [name for name, _ in model.named_parameters() if "pooler" in name.split(".")]
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise FishError("loading models needs transformers: pip install 'fishmask[hf]'") from error
+    return transformers
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Silence transformers' own report on a load: a new head is expected here, and the errors still come."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _one_error(name: str) -> Iterator[None]:
+    """Turn what loading may raise into one FishError that names the model."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FishError(
+            f"cannot load {name!r}: {reason} (expected a model folder or a name on the Hugging Face hub)"
+        ) from error
