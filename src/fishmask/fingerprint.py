@@ -1,0 +1,100 @@
+"""What weights a mask was chosen on: raw bits of tensors, their hashes, and two states compared name by name."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fishmask.params import canonical_parameters
+
+if TYPE_CHECKING:
+    from fishmask.mask import Mask
+
+State = nn.Module | Mapping[str, Any]
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def raw_bits(tensor: Tensor) -> Tensor:
+    """View a tensor's elements as integers of the same width, so that NaN payloads and ``-0.0`` compare as they are."""
+    return tensor.detach().view(_INTEGERS[tensor.element_size()])
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's elements in row-major order as little-endian bytes, without a copy where it can."""
+    array = raw_bits(tensor.contiguous()).cpu().contiguous().reshape(-1).numpy()
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).view("u1").data
+
+
+def fingerprint(named: Iterable[tuple[str, Tensor]], mask: "Mask") -> dict[str, str]:
+    """Hash the base weights that a mask's training builds on.
+
+    A parameter that the mask takes whole (a new head) is left out: all of its values are replaced, so what was there
+    before does not matter.
+
+    Args:
+        named: The parameters by canonical name; read one at a time, so it may be a generator of temporaries.
+        mask: The mask.
+
+    Returns:
+        For every other parameter SHA-256 (hex) over its dtype, shape and raw row-major little-endian bytes.
+    """
+    return {name: tensor_hash(tensor) for name, tensor in named if not takes_whole(mask, name, tensor.numel())}
+
+
+def takes_whole(mask: "Mask", name: str, size: int) -> bool:
+    """Whether the mask holds every entry of a parameter."""
+    return name in mask.indices and len(mask.indices[name]) == size
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """Return SHA-256 (hex) over a line such as ``float32 [2, 3]`` (dtype, shape, newline) and the raw bytes."""
+    sha = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+    sha.update(raw_bytes(tensor))
+    return sha.hexdigest()
+
+
+def combined(hashes: Mapping[str, str]) -> str:
+    """Return one SHA-256 (hex) over the lines ``name TAB hash NEWLINE``, sorted by name."""
+    return hashlib.sha256("".join(f"{name}\t{hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
+
+
+def common_tensors(state_a: State, state_b: State) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pair the floating-point tensors of two models or state dicts by name, tied ones once.
+
+    Raises:
+        ValueError: Names, shapes or dtypes disagree; the message lists all disagreements.
+    """
+    a, b = floating_tensors(state_a), floating_tensors(state_b)
+    problems = [f"{name} is only in the first" for name in a if name not in b]
+    problems += [f"{name} is only in the second" for name in b if name not in a]
+    problems += [
+        f"{name} is {_kind(a[name])} in the first, {_kind(b[name])} in the second"
+        for name in a
+        if name in b and _kind(a[name]) != _kind(b[name])
+    ]
+    if problems:
+        raise ValueError("the two states are not of one model: " + "; ".join(problems))
+    first: dict[Any, str] = {}
+    # Tied means tied in both: two names that share memory in one state only may hold different values in the other.
+    return {n: (a[n], b[n]) for n in a if first.setdefault((_place(a[n], n), _place(b[n], n)), n) == n}
+
+
+def floating_tensors(state: State) -> dict[str, Tensor]:
+    """Return a model's floating-point parameters, or a state dict's floating-point tensors, by name."""
+    if isinstance(state, nn.Module):
+        return dict(canonical_parameters(state))
+    return {name: t for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _place(tensor: Tensor, name: str) -> Any:
+    """Return where a tensor lies in memory; its name where it has none (empty tensors)."""
+    if not tensor.numel():
+        return name
+    return tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
