@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +56,26 @@ def tensor_hash(tensor: Tensor) -> str:
     return sha.hexdigest()
 
 
-def combined(hashes: Mapping[str, str]) -> str:
-    """Return one SHA-256 (hex) over the lines ``name TAB hash NEWLINE``, sorted by name."""
-    return hashlib.sha256("".join(f"{name}\t{hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
+class Base(NamedTuple):
+    """What a delta keeps of its base's fingerprint: enough to name the parameters that differ, and to be sure.
+
+    ``short`` has the first eight digits of every parameter's hash; ``digest`` is SHA-256 (hex) over the lines
+    "name, tab, whole hash, newline", sorted by name.
+    """
+
+    short: dict[str, str]
+    digest: str
+
+    @classmethod
+    def of(cls, hashes: Mapping[str, str]) -> "Base":
+        """Keep the essence of what ``fingerprint`` returned."""
+        lines = "".join(f"{name}\t{hashes[name]}\n" for name in sorted(hashes))
+        return cls({name: text[:8] for name, text in hashes.items()}, hashlib.sha256(lines.encode()).hexdigest())
+
+    def differing(self, other: "Base") -> list[str]:
+        """Name the parameters with other weights; all of them in the rare case that only the digests tell."""
+        names = [name for name, text in self.short.items() if other.short.get(name) != text]
+        return names if names or self.digest == other.digest else list(self.short)
 
 
 def common_tensors(state_a: State, state_b: State) -> dict[str, tuple[Tensor, Tensor]]:

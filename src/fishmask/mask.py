@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fishmask import container
 from fishmask.errors import FishError
 from fishmask.fingerprint import State, common_tensors, raw_bits
 from fishmask.params import canonical_parameters, matching
@@ -181,7 +183,7 @@ class Mask:
         Raises:
             FishError: The mask was built without shapes.
         """
-        if not self._shapes and self._indices:
+        if not self._shapes:
             raise FishError("this mask does not know the model's shapes; pass shapes= to Mask.from_indices")
         return sum(shape.numel() for shape in self._shapes.values())
 
@@ -276,6 +278,60 @@ class Mask:
             start += len(place)
         return [Mask(indices, self._shapes) for indices in chosen]
 
+    def groups(self) -> list[tuple[str, int, int]]:
+        """Count entries by layer, in the order of the model: (layer, chosen entries, all entries).
+
+        A layer is the part of the name up to its first number ("encoder.layer.3"), else the module. All entries count
+        as 0 when the mask does not know the shapes.
+        """
+        counts: dict[str, list[int]] = {}
+        for name in self._shapes or self._indices:
+            row = counts.setdefault(_layer(name), [0, 0])
+            row[0] += len(self._indices.get(name, ()))
+            row[1] += self._shapes[name].numel() if self._shapes else 0
+        return [(layer, chosen, size) for layer, (chosen, size) in counts.items()]
+
+    def summary(self) -> str:
+        """Describe the mask in a few lines: totals, then a row for every layer with entries."""
+        rows = [(layer, chosen, size) for layer, chosen, size in self.groups() if chosen]
+        width = max((len(layer) for layer, _, _ in rows), default=0)
+        total = f"{self.k:,} of {self.n:,} entries ({self.density:.4%})" if self._shapes else f"{self.k:,} entries"
+        lines = [f"{total} in {len(self._indices)} parameters, digest {self.digest[:12]}"]
+        for layer, chosen, size in rows:
+            share = f"{layer:<{width}}  {chosen:>12,}  {chosen / self.k:>7.2%} of the mask"
+            lines.append(share + (f"  {chosen / size:>8.3%} of the layer" if size else ""))
+        return "\n".join(lines)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the mask to a file, atomically; ``docs/format.md`` describes it.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        tensors, described = container.pack_mask(self._indices, self._shapes)
+        container.write(path, "mask", container.Content({"mask": self.digest}, described, tensors))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Mask":
+        """Read a mask back from a file.
+
+        Raises:
+            FishError: The file is damaged, is not a mask, or comes from a newer fishmask.
+            OSError: The file cannot be read.
+        """
+        content = container.read(path, "mask")
+        with container.refusing(path):
+            return cls.unpack(content)
+
+    @classmethod
+    def unpack(cls, content: container.Content) -> "Mask":
+        """Build the mask of a file's content; ``ValueError`` when it is not the one that the content names."""
+        indices, shapes = container.unpack_mask(content)
+        mask = cls.from_indices(indices, shapes)
+        if mask.digest != content.metadata["mask"]:
+            raise ValueError(f"digest {mask.digest} of the mask, {content.metadata['mask']} in the header")
+        return mask
+
     def __repr__(self) -> str:
         of = f", n={self.n}, density={self.density:.6g}" if self._shapes else ""
         return f"Mask(k={self.k}{of}, parameters={len(self._indices)}, digest={self.digest[:12]})"
@@ -294,6 +350,12 @@ def _shapes(source: Any) -> dict[str, torch.Size]:
     if isinstance(source, nn.Module):
         return {name: p.shape for name, p in canonical_parameters(source).items()}
     return {name: torch.Size(shape) for name, shape in source.items()}
+
+
+def _layer(name: str) -> str:
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return ".".join(parts[:-1] if number is None else parts[: number + 1]) or name
 
 
 def _is_bias(name: str) -> bool:

@@ -1,0 +1,128 @@
+"""Entries written into a model's weights in place, remembered so that they can be taken back bit for bit.
+
+A model keeps a list of what was applied to it, oldest first. An entry's weight is the value of the latest application
+that covers it; each application remembers the bits that it found. So an older application is reverted by handing its
+own memory to the next later one that covers the same entry, and only the entries that none covers are written.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fishmask.errors import FishError
+from fishmask.fingerprint import raw_bits
+from fishmask.params import aliases, canonical_parameters
+
+Entries = Mapping[str, tuple[Tensor, Tensor]]  # name -> sorted flat indices (int64, CPU), values in the weight's dtype
+
+
+@dataclass(eq=False)
+class _Application:
+    owner: object
+    entries: Entries
+    found: dict[str, Tensor]  # the bits before, as integers, on the weight's device of that time
+
+
+_history: "WeakKeyDictionary[nn.Module, list[_Application]]" = WeakKeyDictionary()
+
+
+def targets(model: nn.Module) -> dict[str, Tensor]:
+    """Return all tensors that a delta may write to: floating-point parameters and the buffers of the state dict."""
+    parameters = aliases(model)
+    buffers = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor) and name not in parameters}
+    return {**buffers, **canonical_parameters(model)}
+
+
+def is_applied(model: nn.Module, owner: object) -> bool:
+    """Whether ``owner`` has written to this model and not reverted."""
+    return any(application.owner is owner for application in _history.get(model, ()))
+
+
+def write(model: nn.Module, owner: object, entries: Entries) -> None:
+    """Write entries into the weights and remember what was there. Everything must have been checked before."""
+    tensors = targets(model)
+    found = {name: _read(tensors[name], indices) for name, (indices, _) in entries.items()}
+    for name, (indices, values) in entries.items():
+        _write(tensors[name], indices, raw_bits(values))
+    _history.setdefault(model, []).append(_Application(owner, entries, found))
+
+
+def revert(model: nn.Module, owner: object) -> None:
+    """Take back what ``owner`` wrote, whatever was applied before or after it.
+
+    Raises:
+        FishError: ``owner`` is not applied to this model, or somebody else has changed the weights since.
+    """
+    applications = _history.get(model, [])
+    place = next((i for i, application in enumerate(applications) if application.owner is owner), None)
+    if place is None:
+        raise FishError("this delta is not applied to this model (a copy of the model counts as another one)")
+    mine, later = applications[place], applications[place + 1 :]
+    tensors = targets(model)
+    visible = {name: _uncovered(name, indices, later) for name, (indices, _) in mine.entries.items()}
+    changed = [name for name in mine.entries if not _unchanged(tensors.get(name), mine.entries[name], visible[name])]
+    if changed:
+        raise FishError(
+            f"cannot revert: these weights were changed after the delta was applied: {', '.join(changed)}; "
+            f"undo that change, or load the base again"
+        )
+    for name, (indices, _) in mine.entries.items():
+        _hand_over(name, mine, later)
+        seen = visible[name]
+        _write(tensors[name], indices[seen], mine.found[name][seen.to(mine.found[name].device)])
+    del applications[place]
+
+
+def restored(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Return a parameter as it was before anything was applied: the tensor itself, or a changed copy."""
+    applications = [application for application in _history.get(model, ()) if name in application.entries]
+    if not applications:
+        return tensor
+    copy = tensor.detach().clone()
+    for application in reversed(applications):
+        _write(copy, application.entries[name][0], application.found[name])
+    return copy
+
+
+def _uncovered(name: str, indices: Tensor, later: list[_Application]) -> Tensor:
+    """Mark the entries that no later application covers (bool, CPU)."""
+    seen = torch.ones(len(indices), dtype=torch.bool)
+    for application in later:
+        if name in application.entries:
+            seen &= ~torch.isin(indices, application.entries[name][0], assume_unique=True)
+    return seen
+
+
+def _unchanged(tensor: Tensor | None, entry: tuple[Tensor, Tensor], seen: Tensor) -> bool:
+    indices, values = entry
+    if tensor is None or tensor.dtype != values.dtype or bool((indices >= tensor.numel()).any()):
+        return False
+    return torch.equal(_read(tensor, indices[seen]).cpu(), raw_bits(values)[seen])
+
+
+def _hand_over(name: str, mine: _Application, later: list[_Application]) -> None:
+    """Give each entry's found bits to the first later application that covers it."""
+    indices, pending = mine.entries[name][0], torch.ones(len(mine.entries[name][0]), dtype=torch.bool)
+    for application in later:
+        if name in application.entries:
+            theirs = application.entries[name][0]
+            shared = torch.isin(indices, theirs, assume_unique=True) & pending
+            places = torch.searchsorted(theirs, indices[shared])
+            found = application.found[name]
+            found[places.to(found.device)] = mine.found[name][shared.to(mine.found[name].device)].to(found.device)
+            pending &= ~shared
+
+
+def _read(tensor: Tensor, indices: Tensor) -> Tensor:
+    return raw_bits(tensor).take(indices.to(tensor.device))
+
+
+def _write(tensor: Tensor, indices: Tensor, bits: Tensor) -> None:
+    weights, places, bits = raw_bits(tensor), indices.to(tensor.device), bits.to(tensor.device)
+    if weights.is_contiguous():
+        weights.view(-1).index_copy_(0, places, bits)
+    else:
+        weights.put_(places, bits)

@@ -1,0 +1,302 @@
+"""The file that holds a mask or a delta: safetensors bytes with a digest of their own, written whole or not at all.
+
+``docs/format.md`` describes every byte. Nothing in a file is interpreted before its digest is verified.
+"""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import json
+import math
+import os
+import secrets
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import zstandard
+from torch import Tensor
+
+from fishmask.errors import FishError
+from fishmask.fingerprint import raw_bytes
+from fishmask.select import divide
+
+VERSION = 1
+
+# The digest comes first in the header, so it stands at a fixed place that a reader finds without parsing anything.
+_START = b'{"__metadata__":{"digest":"'
+_DIGEST_AT = 8 + len(_START)
+_DIGEST_END = _DIGEST_AT + 64
+
+# Level 15, measured on masks of 22.7 million entries: within 4 % of the entropy of random masks (level 3: 8 %), 3 %
+# smaller than level 3 on clustered ones, and 0.1 s for a million entries. Level 19 gains 1 % for three times the time.
+_LEVEL = 15
+_LARGEST_DESCRIPTION = 1 << 28
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Content(NamedTuple):
+    """What a file holds: short strings readable by anyone, a description (JSON), and tensors by name."""
+
+    metadata: dict[str, str]
+    description: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def write(path: str | os.PathLike[str], kind: str, content: Content) -> None:
+    """Write a file atomically: afterwards the path holds all of it or what it held before.
+
+    Raises:
+        ValueError: A tensor has a dtype that the format does not know.
+        OSError: The file cannot be written.
+    """
+    packed = _compress(json.dumps(content.description, separators=(",", ":")).encode(), level=19)
+    tensors = {**content.tensors, "parameters": bytes_tensor(packed)}
+    # Wide elements first, so that each tensor is aligned for readers that map the file.
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    head: dict[str, Any] = {
+        "__metadata__": {
+            "digest": "0" * 64,
+            "format": "fishmask",
+            "version": str(VERSION),
+            "kind": kind,
+            **content.metadata,
+        }
+    }
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, which the file format does not hold")
+        end = offset + tensor.numel() * tensor.element_size()
+        head[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    sha = hashlib.sha256(header)
+    for name in order:
+        sha.update(raw_bytes(tensors[name]))
+    header = header[:_DIGEST_AT] + sha.hexdigest().encode() + header[_DIGEST_END:]
+    replace_file(Path(path), itertools.chain([header], (raw_bytes(tensors[name]) for name in order)))
+
+
+def read(path: str | os.PathLike[str], kind: str) -> Content:
+    """Read a file back, after verifying its digest.
+
+    Args:
+        path: The file.
+        kind: What it must be, ``"mask"`` or ``"delta"``.
+
+    Returns:
+        Its content; the tensors are on the CPU.
+
+    Raises:
+        FishError: The file is damaged, of another kind or format, or from a newer fishmask.
+        OSError: The file cannot be read.
+    """
+    data = Path(path).read_bytes()
+    if data[8:_DIGEST_AT] != _START or len(data) < _DIGEST_END:
+        raise FishError(f"{path} is not a fishmask file, or its first bytes are damaged")
+    sha = hashlib.sha256(data[:_DIGEST_AT])
+    sha.update(b"0" * 64)
+    sha.update(memoryview(data)[_DIGEST_END:])
+    if data[_DIGEST_AT:_DIGEST_END] != sha.hexdigest().encode():
+        raise FishError(f"{path} is damaged: its content does not match its digest; get the file again")
+    with refusing(path):
+        return _parse(path, data, kind)
+
+
+def _parse(path: str | os.PathLike[str], data: bytes, kind: str) -> Content:
+    (length,) = struct.unpack_from("<Q", data)
+    if length > len(data) - 8:
+        raise ValueError(f"a header of {length} bytes in a file of {len(data)}")
+    head = json.loads(data[8 : 8 + length])
+    metadata = head.pop("__metadata__")
+    if metadata["format"] != "fishmask":
+        raise ValueError(f"format {metadata['format']!r}")
+    if int(metadata["version"]) > VERSION:
+        raise FishError(
+            f"{path} has format version {metadata['version']}, newer than this fishmask reads ({VERSION}); "
+            f"upgrade fishmask"
+        )
+    if metadata["kind"] != kind:
+        raise FishError(f"{path} holds a {metadata['kind']}, not a {kind}; load it as what it is")
+    body = memoryview(data)[8 + length :]
+    tensors = {name: _tensor(body, entry) for name, entry in head.items()}
+    packed = tensors.pop("parameters").numpy().tobytes()
+    description = json.loads(_decompress(packed, _LARGEST_DESCRIPTION))
+    return Content(dict(metadata), description, tensors)
+
+
+def _tensor(body: memoryview, entry: Mapping[str, Any]) -> Tensor:
+    dtype, shape, (start, end) = DTYPES[entry["dtype"]], torch.Size(entry["shape"]), entry["data_offsets"]
+    if not 0 <= start <= end <= len(body) or shape.numel() * dtype.itemsize != end - start:
+        raise ValueError(f"a tensor of shape {list(shape)} between bytes {start} and {end} of {len(body)}")
+    return (
+        torch.frombuffer(bytearray(body[start:end]), dtype=dtype).view(shape) if end > start else _empty(dtype, shape)
+    )
+
+
+def _empty(dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+@contextlib.contextmanager
+def refusing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn any error in interpreting a file whose digest is right into a FishError: a faulty program wrote it."""
+    try:
+        yield
+    except FishError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise FishError(f"{path} was written by a faulty program: its parts disagree ({error})") from error
+
+
+def narrow(indices: Tensor) -> Tensor:
+    """Return sorted indices as int32 where they fit, as raw files hold them."""
+    return indices.to(torch.int32) if not len(indices) or indices[-1] < 1 << 31 else indices
+
+
+def bytes_tensor(data: bytes) -> Tensor:
+    """Return bytes as a uint8 tensor."""
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+
+
+def encode_indices(indices: Mapping[str, Tensor], sizes: Mapping[str, int]) -> tuple[Tensor, list[int]]:
+    """Code sorted flat indices compactly.
+
+    Parameters are laid end to end in the order of ``sizes``; the gaps between chosen places, less one, are written as
+    little-endian integers, and all their lowest bytes, all their second bytes and so on are compressed apart.
+
+    Args:
+        indices: Sorted unique flat indices by name.
+        sizes: Number of entries of every parameter.
+
+    Returns:
+        The compressed planes, lowest first, end to end (uint8), and the length of each: 0 where all bytes are zero.
+    """
+    places, start = [np.empty(0, dtype=np.int64)], 0
+    for name, size in sizes.items():
+        if name in indices:
+            places.append(indices[name].numpy() + start)
+        start += size
+    gaps = np.diff(np.concatenate(places), prepend=-1) - 1
+    width = (int(gaps.max(initial=0)).bit_length() + 7) // 8
+    digits = gaps.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)
+    planes = [_compress(digits[:, i].tobytes()) if digits[:, i].any() else b"" for i in range(width)]
+    return bytes_tensor(b"".join(planes)), [len(plane) for plane in planes]
+
+
+def decode_indices(packed: Tensor, lengths: Sequence[int], k: int, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Undo ``encode_indices``.
+
+    Raises:
+        ValueError: The planes do not hold k increasing places within the sizes.
+    """
+    if len(lengths) > 8 or sum(lengths) != len(packed) or min(lengths, default=0) < 0:
+        raise ValueError(f"index planes of {list(lengths)} bytes in {len(packed)}")
+    if not 0 <= k <= sum(sizes.values()):
+        raise ValueError(f"{k} indices in {sum(sizes.values())} entries")
+    digits = np.zeros((k, 8), dtype=np.uint8)
+    data, start = packed.numpy().tobytes(), 0
+    for i, length in enumerate(lengths):
+        if length:
+            digits[:, i] = np.frombuffer(_decompress(data[start : start + length], k), dtype=np.uint8)
+        start += length
+    places = np.cumsum(digits.view("<i8").reshape(-1) + 1) - 1
+    if k and (places[0] < 0 or places[-1] >= sum(sizes.values()) or bool((np.diff(places) <= 0).any())):
+        raise ValueError("indices out of range")
+    return divide(torch.from_numpy(places), sizes)
+
+
+def pack_mask(
+    indices: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a mask as tensors and description of a file, with coded indices."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    described: dict[str, Any] = {"names": list(shapes), "shapes": [list(shape) for shape in shapes.values()]}
+    if not shapes:  # without shapes a parameter reaches as far as its last index
+        sizes = {name: int(flat[-1]) + 1 for name, flat in indices.items()}
+        described = {"names": list(sizes), "sizes": list(sizes.values())}
+    packed, lengths = encode_indices(indices, sizes)
+    k = sum(len(flat) for flat in indices.values())
+    return {"indices": packed}, {**described, "k": k, "planes": lengths}
+
+
+def unpack_mask(content: Content) -> tuple[dict[str, Tensor], dict[str, Sequence[int]]]:
+    """Return the indices and the shapes of a file's mask, coded or raw."""
+    described, tensors = content.description, content.tensors
+    names = described["names"]
+    shapes = dict(zip(names, described["shapes"], strict=True)) if "shapes" in described else {}
+    if "indices" not in tensors:
+        prefix = "indices/"
+        raw = {name.removeprefix(prefix): flat for name, flat in tensors.items() if name.startswith(prefix)}
+        return raw, shapes
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    sizes = sizes or dict(zip(names, described["sizes"], strict=True))
+    return decode_indices(tensors["indices"], described["planes"], described["k"], sizes), shapes
+
+
+def _compress(data: bytes, level: int = _LEVEL) -> bytes:
+    return zstandard.ZstdCompressor(level=level, write_checksum=True).compress(data)
+
+
+def _decompress(data: bytes, largest: int) -> bytes:
+    try:
+        size = zstandard.frame_content_size(data)
+        if not 0 <= size <= largest:  # the frame says what it needs: refuse before allocating
+            raise ValueError(f"{size} bytes where at most {largest} were expected")
+        return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
+
+
+def replace_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a file so that after a crash at any point the path holds the new bytes or what it held before."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        with os.fdopen(handle, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _sync_directory(folder: Path) -> None:
+    """Make a rename durable, where the system can do that for directories."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
