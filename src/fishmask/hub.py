@@ -1,7 +1,7 @@
 """Sequence-classification models and tokenizers from transformers, loaded the same way everywhere."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,13 @@ def load_tokenizer(name: str) -> Any:
     transformers = _transformers()
     with _quiet(transformers), _one_error(name):
         return _tokenizer(transformers, name)
+
+
+def save_tokenizer(name: str, folder: Path) -> None:
+    """Copy the tokenizer of a model into a folder; a model without one is left without."""
+    transformers = _transformers()
+    with _quiet(transformers), suppress(FishError), _one_error(name):
+        transformers.AutoTokenizer.from_pretrained(name).save_pretrained(folder)
 
 
 def _tokenizer(transformers: Any, name: str) -> Any:

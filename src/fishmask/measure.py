@@ -1,7 +1,13 @@
 """How good predictions are, and how much memory a process has taken."""
 
+import os
+import platform
 import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +75,19 @@ def _matthews(confusion: Floats) -> float:
     covariance = float(np.trace(confusion) * count - true @ predicted)
     norm = float(np.sqrt((count**2 - predicted @ predicted) * (count**2 - true @ true)))
     return covariance / norm if norm > 0 else 0.0
+
+
+def environment() -> dict[str, Any]:
+    """Return when, with what versions and on what kind of machine a measurement was taken."""
+    cpu = Path("/proc/cpuinfo")
+    names = [line for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "versions": {name: version(name) for name in ("torch", "transformers") if find_spec(name)},
+        "hardware": names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def peak_memory_bytes() -> int:

@@ -1,0 +1,6 @@
+"""``python -m fishmask``."""
+
+from fishmask.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The commands ``fishmask score`` and ``fishmask mask ...``."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from fishmask.console import bars, print_json, print_table, report
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for programs.")]
+Keep = Annotated[list[str] | None, typer.Option(help="Train this parameter whole (a name or pattern; repeatable).")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Never train this parameter (a name or pattern; repeatable).")]
+Text = Annotated[str, typer.Option(help="Column of the texts.")]
+Pair = Annotated[str | None, typer.Option(help="Column of the second texts, for tasks on two sentences.")]
+Label = Annotated[
+    str, typer.Option(help="Column of the labels: names, or numbers with a decimal point for regression.")
+]
+Task = Annotated[Literal["auto", "classification", "regression"], typer.Option(help="What the labels are.")]
+MaxLength = Annotated[int, typer.Option(help="Cut texts off after so many tokens.")]
+Model = Annotated[str, typer.Argument(help="A local model folder, or a name on the Hugging Face hub.")]
+Density = Annotated[float, typer.Option(help="Share of all entries to train, as a fraction: 0.005 is 0.5 %.")]
+MaskFile = Annotated[Path, typer.Argument(help="A mask file, a delta file, or the folder of a training run.")]
+
+app = typer.Typer(no_args_is_help=True, help="Choose the entries to train, and look at what was chosen.")
+
+
+def score(
+    model: Model,
+    data: Annotated[Path, typer.Argument(help="Training examples: .csv, .tsv or .jsonl.")],
+    text: Text = "text",
+    label: Label = "label",
+    pair: Pair = None,
+    task: Task = "auto",
+    method: Annotated[
+        Literal["fisher", "gradient", "snip", "magnitude", "random"], typer.Option(help="What to score by.")
+    ] = "fisher",
+    labels: Annotated[
+        Literal["given", "expected", "sampled"],
+        typer.Option(help="Labels of the Fisher score: the data's (empirical), or the model's own."),
+    ] = "given",
+    examples: Annotated[int, typer.Option(help="How many examples to score.")] = 1024,
+    engine: Annotated[
+        Literal["auto", "batched", "loop"], typer.Option(help="Batched is fast; loop takes one example at a time.")
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 16,
+    max_length: MaxLength = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the new head and of the examples drawn.")] = 0,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The scores file.")] = Path("scores.safetensors"),
+    json: Json = False,
+) -> None:
+    """Score every entry of a model: how much does it matter for these examples?
+
+    Example: fishmask score bert-base-uncased train.csv --text sentence --label label -o scores.safetensors
+    """
+    from fishmask.data import encode, read_examples
+    from fishmask.fisher import scores
+    from fishmask.hub import load_for_training
+    from fishmask.scorefile import write_scores
+    from fishmask.train import counted
+
+    table = read_examples(data, text, label, pair=pair, task=task)
+    loaded = load_for_training(model, table.classes, seed=seed)
+    encoded = encode(table, loaded.tokenizer, max_length)
+    examples = min(examples, len(encoded))
+    with bars() as progress:
+        batches = counted(encoded.sample(examples, batch_size, seed), examples, progress)
+        result = scores(
+            loaded.model, batches, method=method, labels=labels, examples=examples, engine=engine, seed=seed
+        )
+    about = {"method": method, "labels": labels, "examples": examples, "seed": seed, "model": model}
+    write_scores(output, result, head=loaded.head, about=about)
+    report({"scores": output, **about, "parameters": len(result)}, json, "Scores")
+
+
+@app.command("select", no_args_is_help=True)
+def select(
+    scores: Annotated[Path, typer.Argument(help="A scores file from `fishmask score`.")],
+    density: Density = 0.005,
+    keep: Keep = None,
+    exclude: Exclude = None,
+    keep_head: Annotated[bool, typer.Option(help="Without --keep: train the new head whole.")] = True,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The mask file.")] = Path("mask.safetensors"),
+    json: Json = False,
+) -> None:
+    """Choose the entries with the largest scores over the whole model.
+
+    Example: fishmask mask select scores.safetensors --density 0.005 --exclude pooler -o mask.safetensors
+    """
+    from fishmask.mask import Mask
+    from fishmask.scorefile import read_scores
+
+    values, head = read_scores(scores)
+    whole = keep or (head if keep_head else ())
+    mask = Mask.from_scores(values, density, keep=whole, exclude=exclude or ())
+    mask.save(output)
+    report({"mask": output, **_facts(mask), "kept_whole": list(whole)}, json, "Mask")
+
+
+@app.command("show", no_args_is_help=True)
+def show(mask: MaskFile, json: Json = False) -> None:
+    """Show how many entries of each parameter a mask chose.
+
+    Example: fishmask mask show mask.safetensors
+    """
+    from fishmask.run import read_mask
+
+    chosen = read_mask(mask)
+    counts = {name: len(indices) for name, indices in chosen.indices.items()}
+    parameters = [
+        {"name": name, "entries": count, "density": count / chosen.shapes[name].numel(), "share": count / chosen.k}
+        for name, count in counts.items()
+    ]
+    if json:
+        print_json(_facts(chosen) | {"parameters": parameters})
+        return
+    report(_facts(chosen), False, str(mask))
+    rows = [[p["name"], p["entries"], f"{p['density']:.3%}", f"{p['share']:.1%}"] for p in parameters]
+    print_table("Chosen entries", ["parameter", "entries", "of the parameter", "of the mask"], rows)
+
+
+@app.command("overlap", no_args_is_help=True)
+def overlap(
+    first: MaskFile,
+    second: Annotated[Path, typer.Argument(help="Another mask, delta or folder.")],
+    json: Json = False,
+) -> None:
+    """Count the entries that two masks share.
+
+    Example: fishmask mask overlap fisher.safetensors random.safetensors
+    """
+    from fishmask.run import read_mask
+
+    a, b = read_mask(first), read_mask(second)
+    result = {
+        "entries_first": a.k,
+        "entries_second": b.k,
+        "shared": (a & b).k,
+        "share_of_first": a.overlap(b),
+        "share_of_second": b.overlap(a),
+        "equal": a == b,
+    }
+    report(result, json, "Overlap")
+
+
+def _facts(mask: Any) -> dict[str, Any]:
+    return {"entries": mask.k, "of": mask.n, "density": mask.density, "digest": mask.digest}

@@ -1,0 +1,89 @@
+"""The commands ``fishmask train`` and ``fishmask predict``."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fishmask.cli_mask import Density, Exclude, Json, Keep, Label, MaxLength, Model, Pair, Task, Text
+from fishmask.console import bars, report
+
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a training run.")]
+
+
+def train(
+    model: Model,
+    data: Annotated[Path, typer.Argument(help="Training examples: .csv, .tsv or .jsonl.")],
+    text: Text = "text",
+    label: Label = "label",
+    pair: Pair = None,
+    task: Task = "auto",
+    validation: Annotated[Path | None, typer.Option(help="Examples to evaluate on after every epoch.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the delta, metrics and log.")] = Path(
+        "run"
+    ),
+    method: Annotated[
+        Literal["fish", "random", "magnitude", "biases", "full"],
+        typer.Option(help="How to choose the entries; full trains everything and leaves a whole model."),
+    ] = "fish",
+    mask: Annotated[Path | None, typer.Option(help="Train the entries of this mask file instead.")] = None,
+    density: Density = 0.005,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; it falls linearly to zero.")] = 5e-4,
+    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 16,
+    max_length: MaxLength = 128,
+    seed: Annotated[int, typer.Option(help="Seed of everything random; the same seed gives the same delta.")] = 0,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no clipping.")] = 1.0,
+    warm_up_head: Annotated[int, typer.Option(help="Steps that train the head alone, before scoring.")] = 0,
+    keep: Keep = None,
+    exclude: Exclude = None,
+    labels: Annotated[
+        Literal["given", "expected", "sampled"], typer.Option(help="Labels of the Fisher score.")
+    ] = "given",
+    examples: Annotated[int, typer.Option(help="How many training examples to score.")] = 1024,
+    engine: Annotated[Literal["auto", "batched", "loop"], typer.Option(help="How to score.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Fine-tune a sequence-classification or regression model on your own table.
+
+    Leaves delta.safetensors (the trained entries), config.json, run.json, metrics.json and log.jsonl in a folder.
+
+    Example: fishmask train bert-base-uncased train.tsv --text sentence --label label --validation dev.tsv -o run
+    """
+    from fishmask.run import train_table
+    from fishmask.train import Recipe
+
+    recipe = Recipe(
+        method, density, learning_rate, epochs, batch_size, max_length, seed, weight_decay, clip, warm_up_head,
+        tuple(keep or ()), tuple(exclude or ()), labels, examples, engine,
+    )  # fmt: skip
+    columns = {"text": text, "label": label, "pair": pair, "task": task}
+    with bars() as progress:
+        metrics = train_table(model, data, recipe, output, columns, validation=validation, mask=mask, progress=progress)
+    report(metrics, json, "Training")
+
+
+def predict(
+    run: RunFolder,
+    data: Annotated[Path, typer.Argument(help="Examples: .csv, .tsv or .jsonl.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The predictions.")] = Path("predictions.jsonl"),
+    base: Annotated[str | None, typer.Option(help="The base model; by default the one trained from.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the texts; by default as in training.")] = None,
+    pair: Annotated[str | None, typer.Option(help="Column of the second texts; by default as in training.")] = None,
+    label: Annotated[
+        str | None, typer.Option(help="Column of the labels; when given, the quality is reported.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Predict with a base model and the delta of a training run.
+
+    Writes one JSON object per line and row of the table: the prediction, and for classes the probabilities.
+
+    Example: fishmask predict run test.tsv --label label -o predictions.jsonl
+    """
+    from fishmask.run import predict_table
+
+    with bars() as progress:
+        result = predict_table(run, data, output, base=base, text=text, pair=pair, label=label, progress=progress)
+    report(result, json, "Predictions")

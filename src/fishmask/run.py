@@ -1,0 +1,211 @@
+"""A training run as a folder: from tables to a delta, and from a delta to predictions.
+
+The folder holds ``delta.safetensors`` (or ``model.safetensors`` for method "full"), the model's ``config.json``,
+``run.json`` (the base, the columns, the recipe), ``metrics.json`` and ``log.jsonl``.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fishmask.data import Encoded, Examples, Task, encode, read_examples
+from fishmask.delta import Delta
+from fishmask.errors import FishError
+from fishmask.hub import load_for_training, load_like, load_tokenizer
+from fishmask.mask import Mask
+from fishmask.measure import quality
+from fishmask.train import Outcome, Progress, Recipe, fit, predict
+
+DELTA_FILE = "delta.safetensors"
+MODEL_FILE = "model.safetensors"
+
+
+def train_table(
+    model: str,
+    data: Path,
+    recipe: Recipe,
+    folder: Path,
+    columns: Mapping[str, Any],
+    *,
+    validation: Path | None = None,
+    mask: Path | None = None,
+    progress: Progress = lambda phase, done, total: None,
+) -> dict[str, Any]:
+    """Fine-tune a model on a table and write the run's folder.
+
+    Args:
+        model: A local model folder or a name on the hub.
+        data: The table of training examples.
+        recipe: How to train.
+        folder: The folder to write; made when missing.
+        columns: The arguments ``text``, ``label``, ``pair`` and ``task`` of :func:`fishmask.data.read_examples`.
+        validation: A table to evaluate on after every epoch.
+        mask: The file of a mask to train instead of choosing one.
+        progress: Called with the progress.
+
+    Returns:
+        The metrics, as in ``metrics.json``.
+    """
+    examples = read_examples(data, **columns)
+    checks = _checks(validation, columns, examples)
+    loaded = load_for_training(model, examples.classes, seed=recipe.seed)
+    encoded = encode(examples, loaded.tokenizer, recipe.max_length)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.jsonl").open("w", encoding="utf-8") as log:
+        outcome = fit(
+            loaded.model,
+            encoded,
+            recipe,
+            head=loaded.head,
+            mask=None if mask is None else read_mask(mask),
+            validation=None if checks is None else encode(checks, loaded.tokenizer, recipe.max_length),
+            log=log,
+            progress=progress,
+        )
+    file = write_run(folder, loaded.model, outcome, {"base": model, **columns, "recipe": asdict(recipe)})
+    metrics = _metrics(outcome, file)
+    _write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+def _checks(path: Path | None, columns: Mapping[str, Any], training: Examples) -> Examples | None:
+    """Read the validation table as the training table was understood."""
+    if path is None:
+        return None
+    task = "classification" if training.classes else "regression"
+    return read_examples(path, **{**columns, "task": task}, classes=training.classes)
+
+
+def write_run(folder: Path, model: Any, outcome: Outcome, run: Mapping[str, Any]) -> Path:
+    """Write the trained numbers, the configuration and ``run.json``; return the file of the numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    if outcome.tuning is None:
+        model.save_pretrained(folder)
+    else:
+        model.config.save_pretrained(folder)
+        outcome.tuning.delta().save(folder / DELTA_FILE)
+    _write_json(folder / "run.json", run)
+    return folder / (MODEL_FILE if outcome.tuning is None else DELTA_FILE)
+
+
+def _metrics(outcome: Outcome, file: Path) -> dict[str, Any]:
+    return {
+        **outcome.history[-1],
+        "entries": outcome.entries,
+        "mask": None if outcome.tuning is None else outcome.tuning.mask.digest,
+        "seconds_per_step": outcome.seconds_per_step,
+        "seconds_scoring": outcome.seconds_scoring,
+        "peak_memory_bytes": outcome.peak_memory_bytes,
+        "file": str(file),
+        "file_bytes": file.stat().st_size,
+    }
+
+
+def predict_table(
+    folder: Path,
+    data: Path,
+    output: Path,
+    *,
+    base: str | None = None,
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
+    progress: Progress = lambda phase, done, total: None,
+) -> dict[str, Any]:
+    """Predict for every row of a table with what a training run left, and write one JSON line per row.
+
+    Args:
+        folder: The run's folder.
+        data: The table.
+        output: The file to write.
+        base: The base model; by default the one in ``run.json``.
+        text: The column of the texts; by default as in training.
+        pair: The column of the second texts; by default as in training.
+        label: The column of the labels, to report the quality.
+        progress: Called with the progress.
+
+    Returns:
+        The number of rows, and the quality when there are labels.
+    """
+    run = read_run(folder)
+    base = base or run["base"]
+    model = load_run(folder, base)
+    regression = model.config.problem_type == "regression"
+    classes = () if regression else tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    task: Task = "regression" if regression else "classification"
+    examples = read_examples(data, text or run["text"], label, pair=pair or run["pair"], task=task, classes=classes)
+    encoded = encode(examples, load_tokenizer(base), run["recipe"]["max_length"])
+    outputs = predict(model, encoded, progress=progress)
+    with output.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(outputs, classes))
+    return {"predictions": str(output), "rows": len(examples), **_quality(outputs, encoded)}
+
+
+def _rows(outputs: Tensor, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    if not classes:
+        return [{"prediction": value} for value in outputs.view(-1).tolist()]
+    return [
+        {
+            "prediction": classes[max(range(len(row)), key=row.__getitem__)],
+            "probabilities": dict(zip(classes, row, strict=True)),
+        }
+        for row in torch.softmax(outputs, dim=1).tolist()
+    ]
+
+
+def _quality(outputs: Tensor, encoded: Encoded) -> dict[str, float]:
+    return {} if encoded.targets is None else quality(outputs, encoded.targets)
+
+
+def load_run(folder: Path, base: str) -> Any:
+    """Load the model that a run left: the base with the delta applied, or the whole model of method "full"."""
+    if (folder / MODEL_FILE).exists():
+        return load_like(str(folder))
+    delta = Delta.load(folder / DELTA_FILE)
+    model = load_like(base, folder)
+    delta.apply(model)
+    return model
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read ``run.json`` of a run's folder.
+
+    Raises:
+        FishError: There is none, or it is damaged.
+    """
+    path = folder / "run.json"
+    try:
+        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        run["base"], run["text"], run["pair"], run["recipe"]["max_length"]
+    except FileNotFoundError as error:
+        raise FishError(f"{path} is missing; expected the folder that `fishmask train` wrote") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise FishError(f"{path} is damaged ({error!r}); train again") from error
+    return run
+
+
+def read_mask(path: Path) -> Mask:
+    """Read the mask of a mask file, of a delta file, or of a run's folder."""
+    path = delta_file(path)
+    try:
+        return Mask.load(path)
+    except FishError:
+        return Delta.load(path).mask
+
+
+def delta_file(path: Path) -> Path:
+    """Return the file meant by a path that may be the folder of a run."""
+    path = path / DELTA_FILE if path.is_dir() else path
+    if not path.exists():
+        raise FishError(f"{path} does not exist; expected a file, or the folder of a training run on a mask")
+    return path
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
