@@ -1,6 +1,8 @@
 """fishmask: train a fixed, sparse set of a model's parameters, those with the largest Fisher information."""
 
+from fishmask.attach import Tuning, attach
 from fishmask.errors import FishError
+from fishmask.mask import Mask
 
 __version__ = "0.1.0"
-__all__ = ["FishError"]
+__all__ = ["FishError", "Mask", "Tuning", "attach"]

@@ -1,0 +1,488 @@
+"""Train the masked entries of a model in place.
+
+The base weights stay where they are and are frozen; the k masked entries live a second time as one flat float32
+vector of absolute values, the only thing that has gradients and optimizer state. After each optimizer step the values
+are written back into the weights, so that the model always is the trained model.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from fishmask.carry import carried, carry_optimizer, check_carriable, refuse_retired, retire
+from fishmask.errors import FishError
+from fishmask.mask import Mask
+from fishmask.params import aliases, canonical_parameters
+from fishmask.sites import DenseGradient, Entry, Site, site_for
+from fishmask.watch import Watch
+
+if TYPE_CHECKING:
+    from fishmask.delta import Delta
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def attach(model: nn.Module, mask: Mask) -> "Tuning":
+    """Freeze ``model`` except for the entries of ``mask``, which become trainable values.
+
+    The model keeps its classes, module names and ``state_dict`` keys. Give ``tuning.parameters()`` to any
+    ``torch.optim`` optimizer and train as usual; the model's weights follow after each ``step()``.
+
+    Args:
+        model: Any module, on the device and in the dtype it will train in (float32, bfloat16 or float16).
+        mask: Entries to train. Parameters go by canonical name or by any other name of a tied parameter.
+
+    Returns:
+        The ``Tuning``: the k values, and what to do with them.
+
+    Raises:
+        FishError: The model, or part of it, is attached already.
+        ValueError: The mask is empty, names parameters that the model lacks, does not fit their shapes, or chooses
+            from weights of another dtype or of several devices. All faults are in one message.
+
+    Source:
+        Section 2 of the paper: update only the chosen entries. The authors' code multiplies dense gradients by a dense
+        0/1 mask instead, and so lets weight decay and stale momentum reach the other entries.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 2)
+        >>> tuning = attach(model, Mask.from_indices({"weight": [1, 6]}))
+        >>> sum(p.numel() for p in tuning.parameters())
+        2
+        >>> optimizer = torch.optim.SGD(tuning.parameters(), lr=0.1)
+        >>> model(torch.ones(3, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+    return Tuning(model, mask)
+
+
+@dataclass
+class _Original:
+    """The base's bits at every entry of one parameter that was masked at any time since attaching."""
+
+    indices: Tensor  # int64, sorted flat indices, CPU
+    bits: Tensor  # in the weight's dtype and on its device
+
+
+class Tuning:
+    """An attached model: its k trainable values and their life. Made by ``attach``.
+
+    Copying or pickling the model, or the Tuning, gives an independent attached pair.
+
+    Attributes:
+        model: The attached model.
+        mask: The current mask, with the shapes of the model.
+    """
+
+    def __init__(self, model: nn.Module, mask: Mask) -> None:
+        parameters = canonical_parameters(model)
+        mask = _fitting(mask, model, parameters)
+        taken = {id(entry.weight) for tuning in _LIVE for entry in tuning._entries.values()}
+        if any(id(p) in taken for p in parameters.values()):
+            raise FishError(
+                "this model is attached already: call set_mask() on its Tuning to train other entries, "
+                "or detach() or revert() it first"
+            )
+        self.model = model
+        self.mask = mask
+        self._attached = True
+        self._entries: dict[str, Entry] = {}
+        self._general: dict[str, RemovableHandle] = {}  # parameters on the general path
+        self._sites: list[tuple[nn.Module, Site, list[str]]] = []
+        self._site_handles: list[RemovableHandle] = []
+        self._watch: Watch | None = None
+        self._watched = False
+        self._required_grad = {name: p.requires_grad for name, p in parameters.items()}
+        self._originals: dict[str, _Original] = {}
+        self._original_buffers = {name: buffer.detach().clone() for name, buffer in _buffers(model).items()}
+        for p in parameters.values():
+            p.requires_grad_(False)
+        self._lay_out(mask)
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, prepend=True),
+            model.register_forward_hook(self._after_forward, always_call=True),
+            *_hook_input_embeddings(model),
+        ]
+        _LIVE.add(self)
+        _hook_optimizers()
+
+    # --- the values ---------------------------------------------------------------------------------------------------
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the trainable values: one float32 vector per parameter with masked entries, k numbers in all."""
+        yield from (entry.values for entry in self._entries.values())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (canonical name of the parameter, its values), the values in the order of the mask's indices."""
+        yield from ((name, entry.values) for name, entry in self._entries.items())
+
+    @property
+    def values(self) -> Tensor:
+        """All k values as one float32 vector [k], in the order of ``named_parameters``, sharing their memory."""
+        return self._flat
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Write the values into the model's weights.
+
+        Every step of a ``torch.optim`` optimizer and every forward of the model does so by itself. Call it only after
+        a change that PyTorch does not count as one (through ``.data``).
+        """
+        for entry in self._entries.values():
+            _put(entry.weight, entry.indices, entry.values.detach().to(entry.weight.dtype))
+        self._written = self._flat._version
+
+    @torch.no_grad()
+    def read_back(self) -> None:
+        """Read the values from the model's weights; ``load_state_dict`` on the model does so by itself."""
+        parameters = canonical_parameters(self.model)
+        for name, entry in self._entries.items():
+            if parameters[name] is not entry.weight:  # load_state_dict(assign=True) brings a new parameter
+                entry.weight = parameters[name]
+                entry.weight.requires_grad_(False)
+                if name in self._general:
+                    self._generalise(name)
+            entry.values.copy_(_take(entry.weight, entry.indices))
+        self._written = self._flat._version
+
+    # --- its life -----------------------------------------------------------------------------------------------------
+
+    def set_mask(self, mask: Mask, optimizer: Optimizer | None = None) -> None:
+        """Train another set of entries from now on.
+
+        Entries in both masks keep their value, pending gradient and optimizer state. Entries that leave keep the value
+        they have reached and move no more. New ones start from the model's weight with optimizer state zero (a step
+        count is kept per parameter).
+
+        Args:
+            mask: The new mask.
+            optimizer: The optimizer of the present values; its groups and state are carried over. Without it, build a
+                new one from ``parameters()``: a step of the old one is refused.
+
+        Raises:
+            ValueError: As for ``attach``; or the optimizer lacks these values, or keeps state that is not one number
+                per value (L-BFGS). Nothing has changed then.
+            FishError: Called after ``detach`` or ``revert``.
+        """
+        self._check_attached()
+        mask = _fitting(mask, self.model, canonical_parameters(self.model))
+        before = self._entries
+        if optimizer is not None:
+            check_carriable(optimizer, self.parameters())
+        self.write_back()
+        self._unhook()
+        self._lay_out(mask)
+        self.mask = mask
+        for name in before.keys() & self._entries.keys():
+            old, new = before[name], self._entries[name]
+            if old.values.grad is not None:
+                new.values.grad = carried(old.values.grad, old.indices, new.indices)
+        if optimizer is not None:
+            carry_optimizer(optimizer, before, self._entries)
+        retire(entry.values for entry in before.values())
+
+    def detach(self) -> None:
+        """Let go of the model with its trained weights; ``requires_grad`` is again as before ``attach``.
+
+        Raises:
+            FishError: Called twice.
+        """
+        self._check_attached()
+        self.write_back()
+        self._unhook()
+        for handle in self._handles:
+            handle.remove()
+        for name, p in canonical_parameters(self.model).items():
+            p.requires_grad_(self._required_grad[name])
+        retire(self.parameters())
+        self._attached = False
+        _LIVE.discard(self)
+
+    @torch.no_grad()
+    def revert(self) -> None:
+        """Restore the base bit for bit, also after ``detach``: entries ever masked, and buffers changed by training."""
+        if self._attached:
+            self.detach()
+        parameters, buffers = canonical_parameters(self.model), _buffers(self.model)
+        for name, original in self._originals.items():
+            _put(parameters[name], original.indices.to(original.bits.device), original.bits)
+        for name, buffer in self._changed_buffers().items():
+            buffers[name].copy_(buffer)
+
+    @torch.no_grad()
+    def delta(self) -> "Delta":
+        """Return what training changed: every entry ever masked, in the weights' own dtype, and changed buffers.
+
+        Buffers matter where training moves them, such as the running statistics of BatchNorm.
+        """
+        from fishmask.delta import Delta
+        from fishmask.fingerprint import fingerprint
+
+        if self._attached:
+            self.write_back()
+        parameters, buffers = canonical_parameters(self.model), _buffers(self.model)
+        touched = Mask.from_indices({name: o.indices for name, o in self._originals.items()}, shapes=self.model)
+        values = {name: _take(parameters[name], i.to(parameters[name].device)) for name, i in touched.indices.items()}
+        config = getattr(self.model, "config", None)
+        return Delta(
+            touched,
+            values,
+            base=fingerprint(self._base(parameters), touched),
+            buffers={name: buffers[name].detach().clone() for name in self._changed_buffers()},
+            base_name=getattr(config, "_name_or_path", None) or None,
+            base_revision=getattr(config, "_commit_hash", None),
+        )
+
+    def __repr__(self) -> str:
+        state = "attached" if self._attached else "detached"
+        return f"Tuning({type(self.model).__name__}, k={self.mask.k:,} of {self.mask.n:,}, {state})"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy: copies of the values become views of one vector again, and the lost tensor hooks return."""
+        self.__dict__.update(state)
+        self._watch = None
+        if not self._attached:
+            return
+        self._flat = torch.cat([entry.values.detach() for entry in self._entries.values()])
+        for entry, values in zip(self._entries.values(), self._flat.split(self._sizes()), strict=True):
+            entry.values.data = values
+        self._written = self._flat._version
+        for name in self._general:
+            self._generalise(name)
+        _LIVE.add(self)
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise FishError("this Tuning is no longer attached to its model: call fishmask.attach(model, mask) again")
+
+    def _sizes(self) -> list[int]:
+        return [len(entry.indices) for entry in self._entries.values()]
+
+    @torch.no_grad()
+    def _lay_out(self, mask: Mask) -> None:
+        """Make the values of ``mask`` from the present weights, and hook the places where their gradient is taken."""
+        parameters = canonical_parameters(self.model)
+        device = parameters[next(iter(mask.indices))].device
+        indices = {name: index.to(device) for name, index in mask.indices.items()}
+        self._flat = torch.cat([_take(parameters[name], index).float() for name, index in indices.items()])
+        values = self._flat.split([len(index) for index in indices.values()])
+        self._entries = {
+            name: Entry(parameters[name], index, nn.Parameter(part))
+            for (name, index), part in zip(indices.items(), values, strict=True)
+        }
+        self._written = self._flat._version
+        for name, entry in self._entries.items():
+            self._remember(name, entry.weight, mask.indices[name])
+        self._hook()
+
+    def _remember(self, name: str, weight: Tensor, indices: Tensor) -> None:
+        """Keep the base's bits of entries that are masked for the first time."""
+        if name not in self._originals:
+            self._originals[name] = _Original(indices, _take(weight, indices.to(weight.device)))
+            return
+        known = self._originals[name]
+        new = indices[~torch.isin(indices, known.indices)]
+        merged, order = torch.cat([known.indices, new]).sort()
+        bits = torch.cat([known.bits, _take(weight, new.to(weight.device))])
+        self._originals[name] = _Original(merged, bits[order.to(bits.device)])
+
+    def _hook(self) -> None:
+        """Give each module that owns masked entries its site; parameters that have none take the general path."""
+        names = {id(entry.weight): name for name, entry in self._entries.items()}
+        general: list[str] = []
+        for module in self.model.modules():
+            owned = {attribute: names[id(p)] for attribute, p in module._parameters.items() if id(p) in names}
+            if not owned:
+                continue
+            self._site_handles.append(module.register_load_state_dict_post_hook(self._after_load))
+            site = site_for(module, {attribute: self._entries[name] for attribute, name in owned.items()})
+            if site is None:
+                general += owned.values()
+                continue
+            self._sites.append((module, site, list(owned.values())))
+            # First of all hooks: it must see the module's own output.
+            self._site_handles.append(module.register_forward_hook(site, prepend=True, with_kwargs=True))
+        for name in dict.fromkeys(general):
+            self._generalise(name)
+        self._watched = False
+
+    def _generalise(self, name: str) -> None:
+        """Put a parameter on the general path: autograd makes its dense gradient, a hook gathers and drops it."""
+        entry = self._entries[name]
+        for _, site, _ in self._sites:
+            site.drop(entry.values)
+        entry.weight.requires_grad_(True)
+        self._general[name] = entry.weight.register_post_accumulate_grad_hook(DenseGradient(entry))
+
+    def _unhook(self) -> None:
+        for handle in (*self._site_handles, *self._general.values()):
+            handle.remove()
+        for name in self._general:
+            self._entries[name].weight.requires_grad_(False)
+        self._site_handles, self._general, self._sites = [], {}, []
+
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self._flat._version != self._written:
+            self.write_back()
+        first = next(iter(self._entries.values()))
+        if first.weight.device != self._flat.device or first.weight.dtype != self._first_bits().dtype:
+            raise FishError(
+                "the model was moved or converted while attached: move it to its device and dtype first, then attach"
+            )
+        if not self._watched and self._watch is None and torch.is_grad_enabled() and not _has_compiled_part(self.model):
+            weights = [(owner, [self._entries[name].weight for name in owned]) for owner, _, owned in self._sites]
+            self._watch = Watch(weights, self._found_elsewhere)
+            self._watch.__enter__()
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._watch is not None and not torch.compiler.is_compiling():
+            self._watch.__exit__(None, None, None)
+            self._watch.close()
+            self._watch, self._watched = None, True
+
+    def _found_elsewhere(self, weight: Tensor) -> None:
+        """Serve a weight that is also used outside its own module; this use and all later ones count from now on."""
+        for name, entry in self._entries.items():
+            if entry.weight is weight and name not in self._general:
+                self._generalise(name)
+
+    def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
+        self.read_back()
+
+    def _first_bits(self) -> Tensor:
+        return self._originals[next(iter(self._entries))].bits
+
+    def _base(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the base's parameters, one restored copy at a time."""
+        for name, p in parameters.items():
+            weight = p.detach()
+            if name in self._originals:
+                original = self._originals[name]
+                weight = weight.clone()
+                _put(weight, original.indices.to(weight.device), original.bits)
+            yield name, weight
+
+    def _changed_buffers(self) -> dict[str, Tensor]:
+        """Return the base's own version of the buffers that are different now."""
+        now = _buffers(self.model)
+        return {
+            name: base
+            for name, base in self._original_buffers.items()
+            if not torch.equal(base.flatten().view(torch.uint8), now[name].flatten().view(torch.uint8))
+        }
+
+
+_LIVE: "WeakSet[Tuning]" = WeakSet()
+
+
+@cache
+def _hook_optimizers() -> None:
+    """Write values back after each step of any optimizer; an unrelated step costs one comparison per Tuning."""
+
+    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for tuning in list(_LIVE):
+            if tuning._flat._version != tuning._written:
+                tuning.write_back()
+
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        refuse_retired(optimizer)
+
+    register_optimizer_step_pre_hook(before_step)
+    register_optimizer_step_post_hook(after_step)
+
+
+def _fitting(mask: Mask, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Mask:
+    """Return ``mask`` under canonical names and with the model's shapes, or raise with everything that is wrong."""
+    if mask.k == 0:
+        raise ValueError("the mask has no entries, so there is nothing to train")
+    canonical = aliases(model)
+    faults = []
+    for name, indices in mask.indices.items():
+        p = parameters.get(canonical.get(name, ""))
+        if p is None:
+            faults.append(f"{name}: the model has no such parameter")
+        elif name in mask.shapes and tuple(mask.shapes[name]) != tuple(p.shape):
+            faults.append(f"{name}: shape {tuple(mask.shapes[name])} in the mask, {tuple(p.shape)} in the model")
+        elif int(indices[-1]) >= p.numel():
+            faults.append(f"{name}: index {int(indices[-1])} in the mask, {p.numel()} entries in the model")
+        elif p.dtype not in _DTYPES or p.is_meta:
+            faults.append(f"{name}: {p.dtype} on {p.device}; only float32, bfloat16 and float16 weights can be trained")
+    if faults:
+        raise ValueError("the mask does not fit the model: " + "; ".join(faults))
+    chosen: dict[str, Tensor] = {}
+    for name, indices in mask.indices.items():
+        known = chosen.get(canonical[name], indices)
+        chosen[canonical[name]] = torch.cat([known, indices]).unique()
+    fitting = Mask.from_indices(chosen, shapes=model)
+    devices = {parameters[name].device for name in fitting.indices}
+    if len(devices) > 1:
+        raise ValueError(f"the masked weights are on several devices ({', '.join(map(str, devices))}); put them on one")
+    return fitting
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that belong to the state of ``model``."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def _take(weight: Tensor, indices: Tensor) -> Tensor:
+    return weight.detach().take(indices)
+
+
+def _put(weight: Tensor, indices: Tensor, values: Tensor) -> None:
+    if weight.is_contiguous():
+        weight.view(-1).index_copy_(0, indices, values)
+    else:
+        weight.put_(indices, values)
+
+
+def _has_compiled_part(model: nn.Module) -> bool:
+    return any(type(module).__name__ == "OptimizedModule" for module in model.modules())
+
+
+def _hook_input_embeddings(model: nn.Module) -> list[RemovableHandle]:
+    """Let reentrant gradient checkpointing work on a Hugging Face model: it needs an input that requires grad."""
+    getter = getattr(model, "get_input_embeddings", None)
+    if not callable(getter):
+        return []
+    try:
+        embeddings = getter()
+    except NotImplementedError:
+        return []
+    return [embeddings.register_forward_hook(_RequireGrad(model))] if isinstance(embeddings, nn.Module) else []
+
+
+class _RequireGrad:
+    """Forward hook that makes an output require grad while reentrant gradient checkpointing is on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and isinstance(output, Tensor)):
+            return
+        if not output.requires_grad and self.model.training and _checkpoints_reentrantly(self.model):
+            output.requires_grad_(True)
+
+
+def _checkpoints_reentrantly(model: nn.Module) -> bool:
+    functions = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
+    return any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions if f is not None)

@@ -1,0 +1,261 @@
+"""Sites: the places in a model where the gradient of masked entries is taken.
+
+A site is a forward hook on one module. The module's own forward runs untouched on its frozen weight; the hook then
+adds an identity node to the graph, whose backward passes the output gradient on and computes from it the gradient of
+the k values alone. No dense weight gradient lives longer than that node's backward.
+
+Sites are objects, not closures, so that an attached model can be copied and pickled.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from typing_extensions import override
+
+from fishmask.plans import ConvolutionPlan, LookupPlan, ProductPlan
+
+# A copy of the used columns of a layer's input pays only if it is clearly smaller than the input itself, which
+# several layers (query, key, value) may share without a copy.
+_KEEP_COMPACT = 0.25
+
+
+@dataclass
+class Entry:
+    """The masked entries of one parameter."""
+
+    weight: nn.Parameter
+    indices: Tensor  # int64 [K], sorted flat indices, on the weight's device
+    values: nn.Parameter  # float32 [K]
+
+
+class _Collect(torch.autograd.Function):
+    """Identity on a layer's output whose backward feeds the values of its weight and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, kept: Tensor | None, weight: Tensor | None, bias: Tensor | None, site: "Site"
+    ) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.site = site
+        return output.detach()  # not a view in autograd's eyes, so an in-place activation may follow
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+        (kept,) = ctx.saved_tensors
+        _, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        weight = ctx.site.weight_gradient(grad, kept) if needs_weight else None
+        bias = ctx.site.bias_gradient(grad) if needs_bias else None
+        return (grad if ctx.needs_input_grad[0] else None), None, weight, bias, None
+
+
+class _Gather(torch.autograd.Function):
+    """The weight itself, whose dense gradient is gathered into the values; for vectors, where dense is cheapest."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        return weight.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (indices,) = ctx.saved_tensors
+        return grad.flatten().index_select(0, indices).float(), None, None
+
+
+class Site:
+    """Forward hook of one module; subclasses know how its weight is used."""
+
+    def __init__(self, weight: Entry | None, bias: Entry | None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def drop(self, values: nn.Parameter) -> None:
+        """Serve these values no more."""
+        if self.weight is not None and self.weight.values is values:
+            self.weight = None
+        if self.bias is not None and self.bias.values is values:
+            self.bias = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        """Return the output with the values' gradient attached (a forward hook's signature)."""
+        if not torch.is_grad_enabled() or (self.weight is None and self.bias is None):
+            return None
+        return self.collect(module, args[0] if args else next(iter(kwargs.values())), output)
+
+    def collect(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """Attach the values' gradient to ``output``, the module's result for the input ``x``."""
+        kept = None if self.weight is None else self.keep(x.detach())
+        weight = None if self.weight is None else self.weight.values
+        bias = None if self.bias is None else self.bias.values
+        collected: Tensor = _Collect.apply(output, kept, weight, bias, self)
+        return collected
+
+    def keep(self, x: Tensor) -> Tensor:
+        """Return what the backward needs of the input."""
+        return x
+
+    def weight_gradient(self, grad: Tensor, kept: Tensor) -> Tensor:
+        """Return the gradient of the weight's values, float32 [K]."""
+        raise TypeError(f"{type(self).__name__} has no weight gradient")
+
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        """Return the gradient of the bias's values, float32 [K]."""
+        assert self.bias is not None
+        return _tokens(grad).sum(0, dtype=torch.float32).index_select(0, self.bias.indices)
+
+
+class LinearSite(Site):
+    """``nn.Linear`` (weight [O, I]) and, transposed, the ``Conv1D`` of GPT-2 (weight [I, O])."""
+
+    def __init__(self, weight: Entry | None, bias: Entry | None, *, transposed: bool) -> None:
+        super().__init__(weight, bias)
+        self.transposed = transposed
+        self.compact = False
+        if weight is not None:
+            self.plan = ProductPlan(weight.indices.cpu(), weight.weight.shape, device=weight.weight.device)
+            used = self.plan.rows if transposed else self.plan.columns
+            in_features = weight.weight.shape[0 if transposed else 1]
+            self.compact = used is not None and len(used) <= _KEEP_COMPACT * in_features
+
+    def _input_of(self, x: Tensor) -> Tensor:
+        return self.plan.rows_of(_tokens(x)) if self.transposed else self.plan.columns_of(_tokens(x))
+
+    @override
+    def keep(self, x: Tensor) -> Tensor:
+        return self._input_of(x) if self.compact else x
+
+    @override
+    def weight_gradient(self, grad: Tensor, kept: Tensor) -> Tensor:
+        grad = _tokens(grad)
+        # Under autocast the layer worked in the dtype of its gradient.
+        x = (kept if self.compact else self._input_of(kept)).to(grad.dtype)
+        if self.transposed:
+            return self.plan.product(x, self.plan.columns_of(grad))
+        return self.plan.product(self.plan.rows_of(grad), x)
+
+
+class ConvolutionSite(Site):
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` with zero padding, save padding="same"."""
+
+    def __init__(self, weight: Entry | None, bias: Entry | None, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__(weight, bias)
+        padding = [0] * len(module.stride) if module.padding == "valid" else module.padding
+        self.geometry: Any = (module.stride, padding, module.dilation, module.groups)
+        self.dims = module.weight.dim()
+        self.compact = False
+        if weight is not None:
+            self.plan = ConvolutionPlan(
+                weight.indices.cpu(), module.weight.shape, module.groups, device=module.weight.device
+            )
+            used = self.plan.inputs
+            self.compact = used is not None and len(used) <= _KEEP_COMPACT * module.in_channels
+
+    @override
+    def keep(self, x: Tensor) -> Tensor:
+        return self.plan.inputs_of(self._batched(x)) if self.compact else x
+
+    @override
+    def weight_gradient(self, grad: Tensor, kept: Tensor) -> Tensor:
+        x = (kept if self.compact else self.plan.inputs_of(self._batched(kept))).to(grad.dtype)
+        return self.plan.product(self.plan.outputs_of(self._batched(grad)), x, *self.geometry)
+
+    @override
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        assert self.bias is not None
+        sums = self._batched(grad).flatten(2).sum((0, 2), dtype=torch.float32)
+        return sums.index_select(0, self.bias.indices)
+
+    def _batched(self, x: Tensor) -> Tensor:
+        return x if x.dim() == self.dims else x.unsqueeze(0)
+
+
+class EmbeddingSite(Site):
+    """``nn.Embedding`` without max_norm, scale_grad_by_freq or sparse gradients."""
+
+    def __init__(self, weight: Entry, padding_idx: int | None) -> None:
+        super().__init__(weight, None)
+        device = weight.weight.device
+        self.plan = LookupPlan(weight.indices.cpu(), weight.weight.shape, padding_idx=padding_idx, device=device)
+
+    @override
+    def weight_gradient(self, grad: Tensor, kept: Tensor) -> Tensor:
+        return self.plan.product(_tokens(grad), kept.reshape(-1))
+
+
+class NormSite(Site):
+    """``nn.LayerNorm`` and ``nn.RMSNorm``: computed again with a weight that leads to the values.
+
+    The second forward costs less than rebuilding the normalised input in the backward, and the fused backward of
+    PyTorch serves both.
+    """
+
+    @override
+    def collect(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        weight = module.weight if self.weight is None else _gathered(module.weight, self.weight)
+        if isinstance(module, nn.RMSNorm):
+            return F.rms_norm(x, module.normalized_shape, weight, module.eps)
+        bias = module.bias if self.bias is None else _gathered(module.bias, self.bias)
+        return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+
+
+class DenseGradient:
+    """Hook on a parameter's accumulated gradient: gather it into the values, drop it. Right for any use at all."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+
+    def __call__(self, weight: Tensor) -> None:
+        """Move the gradient of ``weight`` to the values."""
+        grad, weight.grad = weight.grad, None
+        assert grad is not None
+        if grad.is_sparse:
+            grad = grad.to_dense()
+        values = self.entry.values
+        gathered = grad.reshape(-1).index_select(0, self.entry.indices).float()
+        values.grad = gathered if values.grad is None else values.grad + gathered
+
+
+def site_for(module: nn.Module, entries: Mapping[str, Entry]) -> Site | None:
+    """Return the site for ``module``, or None when its kind is not known and the general path must serve.
+
+    Only exact types count: a subclass may use its weight differently.
+
+    Args:
+        module: A module that owns masked entries.
+        entries: The masked entries by attribute name of ``module``.
+    """
+    # Another attribute than these, or an instance whose forward somebody has replaced: not the module we know.
+    if not set(entries) <= {"weight", "bias"} or "forward" in vars(module):
+        return None
+    weight, bias = entries.get("weight"), entries.get("bias")
+    kind = type(module)
+    if isinstance(module, nn.Linear) and kind is nn.Linear:
+        return LinearSite(weight, bias, transposed=False)
+    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+        return LinearSite(weight, bias, transposed=True)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        simple = module.padding_mode == "zeros" and module.padding != "same"
+        return ConvolutionSite(weight, bias, module) if simple else None
+    if isinstance(module, nn.Embedding) and kind is nn.Embedding and weight is not None:
+        simple = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        return EmbeddingSite(weight, module.padding_idx) if simple else None
+    if kind in (nn.LayerNorm, nn.RMSNorm):
+        return NormSite(weight, bias)
+    return None
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """Flatten [..., D] to [T, D]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _gathered(weight: Tensor, entry: Entry) -> Tensor:
+    gathered: Tensor = _Gather.apply(entry.values, weight, entry.indices)
+    return gathered
