@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fishmask.errors import FishError
 from fishmask.fingerprint import raw_bits
-from fishmask.params import aliases, canonical_parameters
+from fishmask.params import canonical_parameters
 
 Entries = Mapping[str, tuple[Tensor, Tensor]]  # name -> sorted flat indices (int64, CPU), values in the weight's dtype
 
@@ -30,10 +30,8 @@ _history: "WeakKeyDictionary[nn.Module, list[_Application]]" = WeakKeyDictionary
 
 
 def targets(model: nn.Module) -> dict[str, Tensor]:
-    """Return all tensors that a delta may write to: floating-point parameters and the buffers of the state dict."""
-    parameters = aliases(model)
-    buffers = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor) and name not in parameters}
-    return {**buffers, **canonical_parameters(model)}
+    """Return all tensors that a delta may write to: floating-point parameters and buffers."""
+    return {**dict(model.named_buffers()), **canonical_parameters(model)}
 
 
 def is_applied(model: nn.Module, owner: object) -> bool:

@@ -243,17 +243,17 @@ def pack_mask(
     return {"indices": packed}, {**described, "k": k, "planes": lengths}
 
 
-def unpack_mask(content: Content) -> tuple[dict[str, Tensor], dict[str, Sequence[int]]]:
-    """Return the indices and the shapes of a file's mask, coded or raw."""
+def unpack_mask(content: Content) -> tuple[dict[str, Tensor], dict[str, Sequence[int]] | None]:
+    """Return the indices and, where known, the shapes of a file's mask, coded or raw."""
     described, tensors = content.description, content.tensors
     names = described["names"]
-    shapes = dict(zip(names, described["shapes"], strict=True)) if "shapes" in described else {}
+    shapes = dict(zip(names, described["shapes"], strict=True)) if "shapes" in described else None
     if "indices" not in tensors:
         prefix = "indices/"
         raw = {name.removeprefix(prefix): flat for name, flat in tensors.items() if name.startswith(prefix)}
         return raw, shapes
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    sizes = sizes or dict(zip(names, described["sizes"], strict=True))
+    extents = described["sizes"] if shapes is None else map(math.prod, shapes.values())
+    sizes = dict(zip(names, extents, strict=True))
     return decode_indices(tensors["indices"], described["planes"], described["k"], sizes), shapes
 
 

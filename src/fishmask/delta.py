@@ -338,7 +338,8 @@ def _changed_buffers(base_state: State, tuned_state: State) -> dict[str, Tensor]
 def _buffers(state: State) -> dict[str, Tensor]:
     """Return the tensors that are not compared entry by entry."""
     if isinstance(state, nn.Module):
-        return {n: t for n, t in applied.targets(state).items() if n not in canonical_parameters(state)}
+        kept = state.state_dict().keys()  # a buffer that is not saved is not part of what training made
+        return {name: buffer for name, buffer in state.named_buffers() if name in kept}
     return {n: t for n, t in state.items() if isinstance(t, Tensor) and not t.is_floating_point()}
 
 

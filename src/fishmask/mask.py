@@ -17,6 +17,8 @@ from fishmask.params import canonical_parameters, matching
 from fishmask.select import budget, random_k, top_k
 
 Patterns = str | Sequence[str]
+Tensors = nn.Module | Mapping[str, Tensor]
+Shapes = nn.Module | Mapping[str, Tensor] | Mapping[str, Sequence[int]]
 
 
 class Mask:
@@ -65,9 +67,7 @@ class Mask:
         return cls._chosen(scores, kept, top_k({name: scores[name] for name in free}, k))
 
     @classmethod
-    def magnitude(
-        cls, model: nn.Module | Mapping[str, Tensor], density: float, keep: Patterns = (), exclude: Patterns = ()
-    ) -> "Mask":
+    def magnitude(cls, model: Tensors, density: float, keep: Patterns = (), exclude: Patterns = ()) -> "Mask":
         """Choose the entries with the largest absolute weight; arguments as for ``from_scores``."""
         tensors = _tensors(model)
         kept, free, k = budget({name: tensor.numel() for name, tensor in tensors.items()}, density, keep, exclude)
@@ -76,7 +76,7 @@ class Mask:
     @classmethod
     def random(
         cls,
-        model: nn.Module | Mapping[str, Tensor],
+        model: Tensors,
         density: float,
         seed: int,
         keep: Patterns = (),
@@ -89,7 +89,7 @@ class Mask:
         return cls._chosen(tensors, kept, random_k({name: sizes[name] for name in free}, k, seed))
 
     @classmethod
-    def biases(cls, model: nn.Module | Mapping[str, Tensor], keep: Patterns = ()) -> "Mask":
+    def biases(cls, model: Tensors, keep: Patterns = ()) -> "Mask":
         """Choose every bias whole, and the parameters that ``keep`` matches.
 
         A bias is told by the last part of its name: ``bias``, ``in_proj_bias``, ``bias_ih_l0``.
@@ -101,18 +101,18 @@ class Mask:
         chosen = {*matching(tensors, keep, "keep"), *(name for name in tensors if _is_bias(name))}
         if not chosen:
             raise ValueError("the model has no bias parameters; choose another kind of mask")
-        return cls._chosen(tensors, [name for name in tensors if name in chosen], {})
+        return cls._chosen(tensors, chosen, {})
 
     @classmethod
     def from_indices(
-        cls, indices: Mapping[str, Tensor | np.ndarray[Any, Any] | Sequence[int]], shapes: Any = None
+        cls, indices: Mapping[str, Tensor | np.ndarray[Any, Any] | Sequence[int]], shapes: Shapes | None = None
     ) -> "Mask":
         """Choose the given entries.
 
         Args:
             indices: Flat (row-major) indices by parameter name, in any order, without duplicates.
-            shapes: The shapes of all the model's parameters by name, or the model. Without them ``n`` and ``density``
-                are unknown and indices beyond the end are found only when the mask meets a model.
+            shapes: The model, or the shapes of all its parameters by name, or the parameters themselves. Without them
+                ``n`` and ``density`` are unknown and indices beyond the end are found only by a model.
 
         Returns:
             The mask; it may be empty.
@@ -122,9 +122,9 @@ class Mask:
             ValueError: Indices are negative, repeated, out of range or not flat, or a name is not in ``shapes``.
         """
         known = _shapes(shapes)
-        chosen = {name: _flat_indices(name, values, known.get(name)) for name, values in indices.items()}
-        if known and (unknown := [name for name in chosen if name not in known]):
-            raise ValueError(f"indices name parameters that are not in shapes: {', '.join(unknown)}")
+        chosen = {name: _flat_indices(name, values) for name, values in indices.items()}
+        if shapes is not None:
+            _check_range(chosen, known)
         return cls(chosen, known)
 
     @classmethod
@@ -207,7 +207,7 @@ class Mask:
             self._digest = sha.hexdigest()
         return self._digest
 
-    def with_shapes(self, shapes: Any) -> "Mask":
+    def with_shapes(self, shapes: Shapes) -> "Mask":
         """Return the same mask, checked against and knowing the shapes of a model or of a mapping of shapes.
 
         Raises:
@@ -240,7 +240,9 @@ class Mask:
         names = dict.fromkeys((*self._indices, *other._indices))
         pairs = {name: (self._indices.get(name, none), other._indices.get(name, none)) for name in names}
         combined = {name: torch.from_numpy(operate(a.numpy(), b.numpy())) for name, (a, b) in pairs.items()}
-        return Mask.from_indices(combined, shapes)
+        if shapes:
+            _check_range(combined, shapes)
+        return Mask(combined, shapes)
 
     def _differs(self, name: str, shape: torch.Size) -> bool:
         return self._shapes.get(name, shape) != shape
@@ -326,8 +328,7 @@ class Mask:
     @classmethod
     def unpack(cls, content: container.Content) -> "Mask":
         """Build the mask of a file's content; ``ValueError`` when it is not the one that the content names."""
-        indices, shapes = container.unpack_mask(content)
-        mask = cls.from_indices(indices, shapes)
+        mask = cls.from_indices(*container.unpack_mask(content))
         if mask.digest != content.metadata["mask"]:
             raise ValueError(f"digest {mask.digest} of the mask, {content.metadata['mask']} in the header")
         return mask
@@ -340,16 +341,16 @@ class Mask:
         return Mask, (dict(self._indices), dict(self._shapes))
 
 
-def _tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _tensors(model: Tensors) -> Mapping[str, Tensor]:
     return canonical_parameters(model) if isinstance(model, nn.Module) else model
 
 
-def _shapes(source: Any) -> dict[str, torch.Size]:
+def _shapes(source: Shapes | None) -> dict[str, torch.Size]:
     if source is None:
         return {}
     if isinstance(source, nn.Module):
         return {name: p.shape for name, p in canonical_parameters(source).items()}
-    return {name: torch.Size(shape) for name, shape in source.items()}
+    return {n: shape.shape if isinstance(shape, Tensor) else torch.Size(shape) for n, shape in source.items()}
 
 
 def _layer(name: str) -> str:
@@ -363,7 +364,7 @@ def _is_bias(name: str) -> bool:
     return last == "bias" or last.startswith("bias_") or last.endswith("_bias")
 
 
-def _flat_indices(name: str, values: Any, shape: torch.Size | None) -> Tensor:
+def _flat_indices(name: str, values: Any) -> Tensor:
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"indices of {name} must be whole numbers, got {array.dtype}")
@@ -374,6 +375,12 @@ def _flat_indices(name: str, values: Any, shape: torch.Size | None) -> Tensor:
         raise ValueError(f"indices of {name} must not be negative, got {flat[0]}")
     if (repeated := flat[1:][flat[1:] == flat[:-1]]).size:
         raise ValueError(f"indices of {name} must not repeat; {repeated[0]} does")
-    if shape is not None and len(flat) and flat[-1] >= shape.numel():
-        raise ValueError(f"index {flat[-1]} is beyond the {shape.numel():,} entries of {name} {tuple(shape)}")
     return torch.from_numpy(flat)
+
+
+def _check_range(indices: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    if unknown := [name for name in indices if name not in shapes]:
+        raise ValueError(f"indices name parameters that are not in shapes: {', '.join(unknown)}")
+    for name, flat in indices.items():
+        if len(flat) and int(flat[-1]) >= shapes[name].numel():
+            raise ValueError(f"index {flat[-1]} is beyond the entries of {name}, whose shape is {list(shapes[name])}")
