@@ -78,7 +78,7 @@ def between(
     from fishmask.run import DELTA_FILE
 
     after = load_like(tuned)
-    delta = Delta.between(load_like(base, tuned), after)
+    delta = Delta.between(load_like(base, tuned), after, base_name=base)
     output.mkdir(parents=True, exist_ok=True)
     after.config.save_pretrained(output)
     delta.save(output / DELTA_FILE)
@@ -111,7 +111,7 @@ def _facts(path: Path, delta: Any) -> dict[str, Any]:
         "of": mask.n,
         "density": mask.density,
         "bytes_per_entry": path.stat().st_size / mask.k,
-        "values": sorted({str(values.dtype).removeprefix("torch.") for values in delta.values.values()}),
+        "values": delta.dtypes,
         "buffers": len(delta.buffers),
         "base": delta.base_name,
         "base_revision": delta.base_revision,

@@ -75,6 +75,7 @@ def load_like(base: str, folder: str | Path | None = None) -> Any:
     transformers = _transformers()
     source = str(folder or base)
     with _quiet(transformers), torch.random.fork_rng(devices=[]), _one_error(source):
+        torch.manual_seed(0)
         config = transformers.AutoConfig.from_pretrained(source)
         kind = (config.architectures or ["AutoModelForSequenceClassification"])[0]
         model_class = getattr(transformers, kind)

@@ -141,7 +141,11 @@ def fit(
         raise ValueError("a mask chosen beforehand goes with neither method='full' nor warm_up_head")
     outcome = _begin(model, data, recipe, keep, mask, progress)
     parameters = list(outcome.tuning.parameters()) if outcome.tuning else list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    # Fused AdamW is the fastest for whole tensors. On the CPU it changes them without PyTorch's version counter, by
+    # which a Tuning sees a change, so the k values take the ordinary one.
+    optimizer = torch.optim.AdamW(
+        parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=outcome.tuning is None
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     seconds: list[float] = []
     step = 0
