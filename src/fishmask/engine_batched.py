@@ -1,0 +1,359 @@
+"""The fast engine: one forward and one backward for a whole batch, exact per-example squares for each parameter.
+
+The parameters are frozen, so autograd computes derivatives by activations only. A `TorchFunctionMode` sees each call
+that uses a parameter and records rules for it (`calls`), which turn dY into per-example gradients (`rules`) while the
+backward runs. No [B, O, I] tensor and no .grad is made: memory is the scores, the activations of the batch and one
+layer of scratch.
+
+Whatever it cannot prove exact it refuses before any score is touched:
+
+- a parameter in a call that has no rule, or in a custom autograd function (found by walking the plain graph);
+- an input that is changed in place after its use;
+- an output whose first dimension only looks like the examples: a trial backward for one example must leave exact zeros
+  in the rows of all others;
+- a recorded forward whose output is not that of the plain model.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import resolve_name
+from torch.utils.checkpoint import CheckpointError
+
+from fishmask.batches import Batch, size
+from fishmask.calls import HANDLERS, VIEWS
+from fishmask.errors import FishError
+from fishmask.guards import Guard, same, walk
+from fishmask.likelihoods import Evaluation, Likelihood
+from fishmask.rules import Rule, View
+
+# After these the rows of an activation may be in an order that depends on the data (as in mixtures of experts): a trial
+# on one batch would prove nothing about the next.
+_REORDERING = {
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in ("nonzero", "topk", "sort", "argsort", "unique", "masked_select")
+}
+
+
+_CASTS = (Tensor.to, Tensor.float, Tensor.type_as, Tensor.contiguous)
+
+
+class Unsupported(Exception):
+    """The batched engine cannot score this model exactly; the scores are untouched."""
+
+
+class Recording(Guard):
+    """Records one forward pass: which calls use which parameter, and what their rules need."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        scores: Mapping[str, Tensor],
+        B: int,
+        receive: Callable[[list[Rule], Tensor], None],
+    ) -> None:
+        super().__init__(model)
+        self.B = B
+        self._reordering = ""  # the function that may have changed the order of rows
+        self.rules: list[Rule] = []
+        self._scores, self._receive = scores, receive
+        self._views = {id(p): View(name, p, lambda whole: whole) for name, p in parameters.items()}
+        self._kept: list[tuple[Tensor, int, str]] = []
+        self._now = ("", "")  # parameter and function of the call that is being made
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Make one call; if it uses a parameter, by its handler."""
+        kwargs = kwargs or {}
+        self.check(func, args, kwargs)
+        view = self._find(args) or self._find(tuple(kwargs.values()))
+        if view is None:
+            if func in _REORDERING or _selects(func, args, kwargs):
+                self._reordering = _named(func)
+            return func(*args, **kwargs)
+        before, self._now = self._now, (view.name, _named(func))
+        try:
+            return self._use(func, args, kwargs)
+        finally:
+            self._now = before
+
+    def _use(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in (Tensor.detach, Tensor.data.__get__, torch.detach):  # type: ignore[attr-defined]
+            return func(*args, **kwargs)  # no gradient flows through these in any engine
+        if func in HANDLERS or func in VIEWS:
+            if not torch.is_grad_enabled():
+                self.refuse("it is used under torch.no_grad(), as reentrant checkpointing does")
+            if func in HANDLERS:
+                return HANDLERS[func](self, *args, **kwargs)
+            return self._alias(func, args, kwargs)
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__"):
+            self.refuse("it changes the parameter in place")
+        result = func(*args, **kwargs)
+        if next(_tensors(result), None) is not None:
+            self.refuse("no rule is known for it")
+        return result  # a shape, a dtype, a flag
+
+    def _find(self, values: Any) -> View | None:
+        """Return the first parameter among ``values``, which may be nested."""
+        for value in values:
+            if isinstance(value, Tensor):
+                if (view := self._views.get(id(value))) is not None:
+                    return view
+            elif isinstance(value, list | tuple):
+                if (view := self._find(value)) is not None:
+                    return view
+            elif isinstance(value, dict) and (view := self._find(value.values())) is not None:
+                return view
+        return None
+
+    def _alias(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Look at a parameter in another way, and remember the result as a view of it."""
+        source = self.view(args[0]) if args else None
+        rest = args[1:]
+        if source is None or self._find(rest) is not None:
+            self.refuse("no rule is known for it")
+        if func is Tensor.__getitem__ and not _only_slices(rest[0]):
+            self.refuse("it is indexed by something else than slices")
+        of = source.of
+        result = func(*args, **kwargs)
+        if func in _CASTS:  # the entries stay where they are
+            self._remember(View(source.name, result, of))
+        elif isinstance(result, Tensor):
+            self._remember(View(source.name, result, lambda whole: func(of(whole), *rest, **kwargs)))
+        else:
+            for i, part in enumerate(result):
+                self._remember(View(source.name, part, partial(_part, func, of, rest, kwargs, i)))
+        return result
+
+    def _remember(self, view: View) -> None:
+        whole = self._scores[view.name]
+        seen = view.of(whole)
+        if seen.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() or seen.shape != view.tensor.shape:
+            self.refuse("the result is a copy, not a view")
+        self._views.setdefault(id(view.tensor), view)
+
+    def view(self, value: Any) -> View | None:
+        """Return the view that ``value`` is, None if it is no parameter."""
+        return self._views.get(id(value)) if isinstance(value, Tensor) else None
+
+    def keep(self, value: Tensor) -> Tensor:
+        """Return an input that a rule needs later, watched for changes in place."""
+        self._kept.append((value, value._version, self._told()))
+        return value.detach()
+
+    def record(self, out: Tensor, *rules: Rule) -> Tensor:
+        """Return ``out``, wired so that the rules receive its derivative."""
+        if rules and self._reordering:
+            self.refuse(f"{self._reordering} before it may have changed the order of the examples")
+        if not out.requires_grad:
+            out = out + torch.zeros((), dtype=out.dtype, device=out.device, requires_grad=True)
+        self.rules += rules
+        out.register_hook(partial(self._receive, list(rules)))
+        return out
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Give up, naming parameter and function."""
+        raise Unsupported(f"{self._told()}, and {reason}")
+
+    def _told(self) -> str:
+        return f"{self._now[0]} is used by {self._now[1]}"
+
+    def check_kept(self) -> None:
+        """Refuse if an input that a rule needs was changed in place after its use."""
+        for value, version, told in self._kept:
+            if value._version != version:
+                raise Unsupported(f"{told}, whose input is changed in place afterwards")
+
+
+class BatchedEngine:
+    """Adds squared gradients to the scores, a batch at a time; the parameters must be frozen."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        likelihood: Likelihood,
+        scores: Mapping[str, Tensor],
+        plain: tuple[Tensor, Tensor],
+    ) -> None:
+        """Take the plain outputs of the first batch and of one example, the latter with its graph."""
+        self.model, self.parameters, self.likelihood, self.scores = model, parameters, likelihood, scores
+        self._plain: Tensor | None = plain[0]
+        self._reached, self._foreign = self._walk(plain[1])
+        self._tried: set[int] = set()
+        self._trial: tuple[int, int] | None = None  # (example, B) while a trial backward runs
+        self._examples = 0
+        self._uses: Counter[str] = Counter()
+        self._waiting: dict[str, list[Rule]] = {}
+        self._buffer = torch.empty(0, device=next(iter(scores.values())).device)
+
+    def add(self, batch: Batch, first: int) -> None:
+        """Score ``batch``, whose first example is number ``first`` of the run.
+
+        Raises:
+            Unsupported: The scores are untouched then.
+        """
+        self._examples = B = size(batch)
+        recording = Recording(self.model, self.parameters, self.scores, B, self._receive)
+        evaluation = self._forward(recording, batch, first)
+        recording.check_kept()
+        self._check_plain(recording, evaluation.output)
+        self._uses = Counter(rule.view.name for rule in recording.rules)
+        with self._foreign_gradients_kept():
+            if B not in self._tried:
+                self._try(recording, evaluation.output)
+                self._tried.add(B)
+            for number, cotangent in enumerate(evaluation.cotangents(), start=1):
+                evaluation.output.backward(cotangent, retain_graph=number < evaluation.passes)
+                self._flush()
+
+    def _walk(self, output: Tensor) -> tuple[set[str], list[Tensor]]:
+        reached, custom, foreign = walk(output, self.parameters)
+        for name, function in custom.items():
+            raise Unsupported(f"{name} is used by the custom autograd function {function}, and no rule is known for it")
+        return reached, foreign
+
+    def _forward(self, recording: Recording, batch: Batch, first: int) -> Evaluation:
+        try:
+            with recording:
+                return self.likelihood(self.model, batch, first)
+        except (FishError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            # The plain forward of the first batch went well, so this comes from being recorded: code that depends on
+            # a shape, such as [1, S] where a lookup now gives [B, S], or that was refused inside the model.
+            raise Unsupported(f"the forward fails while it is recorded ({error})") from error
+
+    def _check_plain(self, recording: Recording, output: Tensor) -> None:
+        """On the first batch: all reached parameters have rules, and the output is the plain one."""
+        if self._plain is None:
+            return
+        for name in sorted(self._reached - {rule.view.name for rule in recording.rules}):
+            raise Unsupported(f"{name} is used by code that the batched engine does not see")
+        if output.shape != self._plain.shape or not same(output.detach(), self._plain, 0.0):
+            names = sorted({rule.view.name for rule in recording.rules})
+            raise Unsupported(f"{names[0]} and others are used so that the recorded forward gives another output")
+        self._plain = None
+
+    def _try(self, recording: Recording, output: Tensor) -> None:
+        """Backward from one example at a time: no other example may get anything. Two, as one may agree by chance."""
+        B = recording.B
+        for n in sorted({0, B // 2}):
+            cotangent = torch.zeros_like(output)
+            cotangent[n] = torch.linspace(0.5, 1.5, max(1, cotangent[n].numel())).view(cotangent[n].shape)
+            self._trial = (n, B)
+            try:
+                output.backward(cotangent, retain_graph=True)
+            except CheckpointError as error:
+                name = recording.rules[0].view.name
+                raise Unsupported(f"{name} and others are used under gradient checkpointing") from error
+            finally:
+                self._trial = None
+
+    def _receive(self, rules: list[Rule], dY: Tensor) -> None:
+        if self._trial is not None:
+            self._check_trial(rules, dY, *self._trial)
+            return
+        for rule in rules:
+            rule.receive(dY)
+            name = rule.view.name
+            if self._uses[name] == 1:
+                rule.square_(rule.view.of(self.scores[name]), self._scratch)
+                rule.forget()
+                continue
+            waiting = self._waiting.setdefault(name, [])
+            waiting.append(rule)
+            if len(waiting) == self._uses[name]:
+                self._square_together(name, self._waiting.pop(name))
+
+    def _check_trial(self, rules: list[Rule], dY: Tensor, n: int, B: int) -> None:
+        rows = dY.reshape(B, -1)
+        if rules and (rows[:n].count_nonzero() or rows[n + 1 :].count_nonzero()):
+            raise Unsupported(
+                f"{rules[0].view.name} is used where the first dimension is not the examples (positions first, or "
+                "examples mixed)"
+            )
+
+    def _flush(self) -> None:
+        """Square what still waits: some of the uses had no part in the output."""
+        for name, rules in self._waiting.items():
+            self._square_together(name, rules)
+        self._waiting.clear()
+
+    def _square_together(self, name: str, rules: list[Rule]) -> None:
+        """Add the gradients of all uses of a parameter, example by example, and square the sum."""
+        scores = self.scores[name]
+        for n in range(self._examples):
+            gradient = self._scratch(scores.shape).zero_()
+            for rule in rules:
+                rule.add_(n, rule.view.of(gradient))
+            scores.addcmul_(gradient, gradient)
+        for rule in rules:
+            rule.forget()
+
+    def _scratch(self, shape: torch.Size) -> Tensor:
+        """Return uninitialised memory of one layer, the same for all."""
+        if self._buffer.numel() < shape.numel():
+            self._buffer = torch.empty(shape.numel(), device=self._buffer.device)
+        return self._buffer[: shape.numel()].view(shape)
+
+    @contextmanager
+    def _foreign_gradients_kept(self) -> Iterator[None]:
+        """Leave no trace in tensors that are not the model's, such as a teacher's weights in a loss."""
+        before = [leaf.grad for leaf in self._foreign]
+        for leaf in self._foreign:
+            leaf.grad = None
+        try:
+            yield
+        finally:
+            for leaf, gradient in zip(self._foreign, before, strict=True):
+                leaf.grad = gradient
+
+
+def _part(
+    func: Callable[..., Any],
+    of: Callable[[Tensor], Tensor],
+    rest: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    number: int,
+    whole: Tensor,
+) -> Tensor:
+    """Return one of the views that ``chunk`` and the like make."""
+    part: Tensor = func(of(whole), *rest, **kwargs)[number]
+    return part
+
+
+def _named(func: Callable[..., Any]) -> str:
+    return str(resolve_name(func) or getattr(func, "__name__", func))
+
+
+def _selects(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the call finds or takes the true places of a mask."""
+    if func is torch.where:
+        return len(args) + len(kwargs) == 1
+    if func is not Tensor.__getitem__:
+        return False
+    parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return any(isinstance(part, Tensor) and part.dtype == torch.bool for part in parts)
+
+
+def _only_slices(index: Any) -> bool:
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or isinstance(part, slice) for part in parts)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,41 @@
+"""The reference engine: one example at a time by plain autograd. Exact for every model."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fishmask.batches import Batch, cut, size
+from fishmask.guards import Guard
+from fishmask.likelihoods import Likelihood
+
+
+class LoopEngine:
+    """Adds each example's squared gradients to the scores; the parameters must require gradients."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        likelihood: Likelihood,
+        scores: Mapping[str, Tensor],
+    ) -> None:
+        self.model, self.parameters, self.likelihood, self.scores = model, parameters, likelihood, scores
+
+    def add(self, batch: Batch, first: int) -> None:
+        """Score the examples of ``batch``; the first of them is number ``first`` of the run."""
+        for n in range(size(batch)):
+            with Guard(self.model):
+                evaluation = self.likelihood(self.model, cut(batch, n, n + 1), first + n)
+            for number, cotangent in enumerate(evaluation.cotangents(), start=1):
+                more = number < evaluation.passes
+                self._add_squares(evaluation.output, cotangent, keep_graph=more)
+
+    def _add_squares(self, output: Tensor, cotangent: Tensor, keep_graph: bool) -> None:
+        gradients = torch.autograd.grad(
+            output, list(self.parameters.values()), cotangent, retain_graph=keep_graph, allow_unused=True
+        )
+        for name, gradient in zip(self.parameters, gradients, strict=True):
+            if gradient is not None:
+                dense = gradient.to_dense() if gradient.is_sparse else gradient  # Embedding(sparse=True)
+                self.scores[name].addcmul_(dense.float(), dense.float())

@@ -1,0 +1,229 @@
+"""Per-example gradients of single uses of a parameter.
+
+A rule belongs to one use of a parameter in one forward pass. It keeps what the forward left, receives the derivative
+dY by the output of the call, and turns both into per-example gradients.
+
+Shapes: B examples, M positions (all dimensions between the first and the last), I in, O out, V rows, D columns.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE_BYTES = 1 << 20  # half of a 2 MiB level-2 cache: one tile of scratch and one of scores stay in it
+
+
+@dataclass(frozen=True)
+class View:
+    """A parameter, or a view of one that the forward made, such as ``weight.t()``.
+
+    Attributes:
+        name: Canonical name of the parameter.
+        tensor: The tensor that the forward uses.
+        of: Maps a tensor shaped like the whole parameter to the same view of it.
+    """
+
+    name: str
+    tensor: Tensor
+    of: Callable[[Tensor], Tensor]
+
+
+class Rule(ABC):
+    """One use of a parameter. Gradients are float32 and shaped like the view."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+
+    @abstractmethod
+    def receive(self, dY: Tensor) -> None:
+        """Take the derivative by the output, first dimension B times positions."""
+
+    @abstractmethod
+    def add_(self, n: int, out: Tensor) -> None:
+        """Add the gradient of example ``n``."""
+
+    @abstractmethod
+    def square_(self, acc: Tensor, scratch: Callable[[torch.Size], Tensor]) -> None:
+        """Add the sum over examples of squared gradients."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Drop the derivative received last."""
+
+
+class Small(Rule):
+    """A use whose B gradients fit in memory together: biases, norms, tables that are added."""
+
+    def __init__(self, view: View, gradients: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(view)
+        self._reduce = gradients
+        self._gradients: Tensor | None = None
+
+    def receive(self, dY: Tensor) -> None:
+        """Reduce to gradients [B, *shape]."""
+        gradients = self._reduce(dY).float()
+        self._gradients = gradients.reshape(gradients.shape[0], *self.view.tensor.shape)
+
+    def add_(self, n: int, out: Tensor) -> None:
+        """Add one gradient."""
+        assert self._gradients is not None
+        out.add_(self._gradients[n])
+
+    def square_(self, acc: Tensor, scratch: Callable[[torch.Size], Tensor]) -> None:
+        """Square all and sum."""
+        assert self._gradients is not None
+        acc.add_(self._gradients.square().sum(0))
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self._gradients = None
+
+
+class Product(Rule):
+    """A matrix product with inputs x [B, M, I]: gradient dYᵀ X [O, I], or Xᵀ dY where the weight is stored [I, O].
+
+    A position whose dY is exactly zero (padding; all but the first position in the last block of a classifier) adds
+    nothing and is dropped. With at most one position left the square of the product is the product of the squares.
+    """
+
+    def __init__(self, view: View, x: Tensor, x_first: bool) -> None:
+        super().__init__(view)
+        self._x, self._x_first = x, x_first
+        self._dY: Tensor | None = None
+        self._live: Tensor | None = None
+
+    def receive(self, dY: Tensor) -> None:
+        """Keep dY as [B, M, O], and which rows of it are not zero."""
+        self._dY = dY = dY.reshape(self._x.shape[0], -1, dY.shape[-1])
+        # The first column mostly proves at once that no row is zero.
+        if (dY[..., 0] != 0).all():
+            self._live = None
+        else:
+            self._live = torch.linalg.vector_norm(dY, torch.inf, dim=-1, dtype=torch.float32) != 0
+
+    def _factors(self, n: int) -> tuple[Tensor, Tensor]:
+        """Return the float32 factors of the gradient of example ``n``: left [M, rows] and right [M, columns]."""
+        assert self._dY is not None
+        dY, x = self._dY[n], self._x[n]
+        if self._live is not None and not self._live[n].all():
+            kept = self._live[n].nonzero().squeeze(1)
+            dY, x = dY.index_select(0, kept), x.index_select(0, kept)
+        return (x.float(), dY.float()) if self._x_first else (dY.float(), x.float())
+
+    def add_(self, n: int, out: Tensor) -> None:
+        """Add one product."""
+        left, right = self._factors(n)
+        out.addmm_(left.t(), right)
+
+    def square_(self, acc: Tensor, scratch: Callable[[torch.Size], Tensor]) -> None:
+        """Multiply and square example by example, in row tiles that stay in the cache."""
+        assert self._dY is not None
+        if self._dY.shape[1] == 1 or (self._live is not None and int(self._live.sum(1).max()) <= 1):
+            self._square_single(acc)
+            return
+        factors = [self._factors(n) for n in range(self._dY.shape[0])]
+        rows, columns = acc.shape
+        step = rows if acc.device.type != "cpu" else max(1, TILE_BYTES // (4 * columns))
+        tile = scratch(torch.Size((min(step, rows), columns)))
+        for start in range(0, rows, step):
+            part = acc[start : start + step]
+            product = tile[: part.shape[0]]
+            for left, right in factors:
+                torch.mm(left[:, start : start + step].t(), right, out=product)
+                part.addcmul_(product, product)
+
+    def _square_single(self, acc: Tensor) -> None:
+        assert self._dY is not None
+        rows = torch.arange(self._dY.shape[0], device=acc.device)
+        at = torch.zeros_like(rows) if self._live is None else self._live.to(torch.int8).argmax(1)
+        dY2, x2 = self._dY[rows, at].float().square(), self._x[rows, at].float().square()
+        left, right = (x2, dY2) if self._x_first else (dY2, x2)
+        acc.addmm_(left.t(), right)
+
+    def forget(self) -> None:
+        """Drop dY."""
+        self._dY = self._live = None
+
+
+class Lookup(Rule):
+    """An embedding: only the rows that were looked up have a gradient."""
+
+    def __init__(self, view: View, ids: Tensor, padding_idx: int | None) -> None:
+        super().__init__(view)
+        self._ids = ids.reshape(ids.shape[0], -1)  # [B, M]
+        self._counted = None if padding_idx is None else self._ids != padding_idx
+        self._dY: Tensor | None = None
+
+    def receive(self, dY: Tensor) -> None:
+        """Keep dY as [B, M, D]."""
+        self._dY = dY.reshape(*self._ids.shape, -1).float()
+        if self._counted is not None:
+            self._dY = self._dY * self._counted[..., None]
+
+    def add_(self, n: int, out: Tensor) -> None:
+        """Add the rows of one example."""
+        assert self._dY is not None
+        out.index_add_(0, self._ids[n], self._dY[n])
+
+    def square_(self, acc: Tensor, scratch: Callable[[torch.Size], Tensor]) -> None:
+        """Sum rows with equal example and id, square, and add them to the table."""
+        assert self._dY is not None
+        B, V = self._ids.shape[0], acc.shape[0]
+        keys = self._ids + V * torch.arange(B, device=self._ids.device)[:, None]
+        unique, inverse = keys.unique(return_inverse=True)
+        rows = self._dY.new_zeros(unique.shape[0], acc.shape[1])
+        rows.index_add_(0, inverse.flatten(), self._dY.flatten(0, 1))
+        acc.index_add_(0, unique % V, rows.square_())
+
+    def forget(self) -> None:
+        """Drop dY."""
+        self._dY = None
+
+
+class Convolution(Rule):
+    """The weight of a convolution, example by example."""
+
+    def __init__(self, view: View, x: Tensor, options: tuple[list[int], list[int], list[int], int]) -> None:
+        super().__init__(view)
+        self._x, self._options = x, options
+        self._dY: Tensor | None = None
+
+    def receive(self, dY: Tensor) -> None:
+        """Keep dY."""
+        self._dY = dY
+
+    def _gradient(self, n: int) -> Tensor:
+        assert self._dY is not None
+        stride, padding, dilation, groups = self._options
+        gradient: Tensor = torch.ops.aten.convolution_backward(
+            self._dY[n : n + 1].float(),
+            self._x[n : n + 1].float(),
+            self.view.tensor.detach().float(),
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * len(stride),
+            groups,
+            [False, True, False],
+        )[1]
+        return gradient
+
+    def add_(self, n: int, out: Tensor) -> None:
+        """Add one gradient."""
+        out.add_(self._gradient(n))
+
+    def square_(self, acc: Tensor, scratch: Callable[[torch.Size], Tensor]) -> None:
+        """Square example by example."""
+        assert self._dY is not None
+        for n in range(self._dY.shape[0]):
+            gradient = self._gradient(n)
+            acc.addcmul_(gradient, gradient)
+
+    def forget(self) -> None:
+        """Drop dY."""
+        self._dY = None
