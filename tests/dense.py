@@ -66,7 +66,7 @@ def base_of(model: nn.Module) -> dict[str, Tensor]:
 
 def distance(a: nn.Module, b: nn.Module, base: dict[str, Tensor]) -> float:
     """Return how far the two models are apart, relative to how far the first has moved from the base."""
-    pa, pb = canonical_parameters(a), canonical_parameters(b)
-    apart = sum(float((pa[n].double() - pb[n].double()).square().sum()) for n in base)
-    moved = sum(float((pa[n].double() - base[n].double()).square().sum()) for n in base)
+    one, other = base_of(a), base_of(b)
+    apart = sum(float((one[n].double() - other[n].double()).square().sum()) for n in base)
+    moved = sum(float((one[n].double() - base[n].double()).square().sum()) for n in base)
     return (apart / moved) ** 0.5

@@ -139,7 +139,7 @@ class Tuning:
         """
         for entry in self._entries.values():
             _put(entry.weight, entry.indices, entry.values.detach().to(entry.weight.dtype))
-        self._written = self._flat._version
+        self._written = self._version()
 
     @torch.no_grad()
     def read_back(self) -> None:
@@ -152,7 +152,7 @@ class Tuning:
                 if name in self._general:
                     self._generalise(name)
             entry.values.copy_(_take(entry.weight, entry.indices))
-        self._written = self._flat._version
+        self._written = self._version()
 
     # --- its life -----------------------------------------------------------------------------------------------------
 
@@ -255,7 +255,7 @@ class Tuning:
         self._flat = torch.cat([entry.values.detach() for entry in self._entries.values()])
         for entry, values in zip(self._entries.values(), self._flat.split(self._sizes()), strict=True):
             entry.values.data = values
-        self._written = self._flat._version
+        self._written = self._version()
         for name in self._general:
             self._generalise(name)
         _LIVE.add(self)
@@ -265,6 +265,10 @@ class Tuning:
     def _check_attached(self) -> None:
         if not self._attached:
             raise FishError("this Tuning is no longer attached to its model: call fishmask.attach(model, mask) again")
+
+    def _version(self) -> int:
+        """Return a number that grows with every in-place change of the values."""
+        return self._flat._version + sum(entry.values._version for entry in self._entries.values())
 
     def _sizes(self) -> list[int]:
         return [len(entry.indices) for entry in self._entries.values()]
@@ -281,7 +285,7 @@ class Tuning:
             name: Entry(parameters[name], index, nn.Parameter(part))
             for (name, index), part in zip(indices.items(), values, strict=True)
         }
-        self._written = self._flat._version
+        self._written = self._version()
         for name, entry in self._entries.items():
             self._remember(name, entry.weight, mask.indices[name])
         self._hook()
@@ -335,7 +339,7 @@ class Tuning:
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if self._flat._version != self._written:
+        if self._version() != self._written:
             self.write_back()
         first = next(iter(self._entries.values()))
         if first.weight.device != self._flat.device or first.weight.dtype != self._first_bits().dtype:
@@ -394,7 +398,7 @@ def _hook_optimizers() -> None:
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for tuning in list(_LIVE):
-            if tuning._flat._version != tuning._written:
+            if tuning._version() != tuning._written:
                 tuning.write_back()
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
