@@ -1,8 +1,10 @@
 """fishmask: train a fixed, sparse set of a model's parameters, those with the largest Fisher information."""
 
 from fishmask.attach import Tuning, attach
+from fishmask.delta import Delta, load
 from fishmask.errors import FishError
+from fishmask.fisher import fisher, scores
 from fishmask.mask import Mask
 
 __version__ = "0.1.0"
-__all__ = ["FishError", "Mask", "Tuning", "attach"]
+__all__ = ["Delta", "FishError", "Mask", "Tuning", "attach", "fisher", "load", "scores"]
