@@ -121,8 +121,10 @@ def methods() -> dict[str, Callable[[], Method]]:
     encoder = fishmask.Mask.from_scores(scores, DENSITY, keep="classifier", exclude="pooler")
     random = fishmask.Mask.random(load(), DENSITY, seed=0, keep="classifier")
     linear = ["query", "key", "value", "dense"]
-    share = DENSITY * sum(p.numel() for p in load().parameters()) / sum(
-        m.weight.numel() for n, m in load().named_modules() if isinstance(m, nn.Linear) and "classifier" not in n
+    share = (
+        DENSITY
+        * sum(p.numel() for p in load().parameters())
+        / sum(m.weight.numel() for n, m in load().named_modules() if isinstance(m, nn.Linear) and "classifier" not in n)
     )
     return {
         "floor": make_floor,
@@ -131,7 +133,9 @@ def methods() -> dict[str, Callable[[], Method]]:
         "FISH mask, pooler excluded": lambda: make_fish(encoder),
         "random mask": lambda: make_fish(random),
         "LoRA r=8": lambda: make_peft(LoraConfig(r=8, target_modules=linear, modules_to_save=["classifier"])),
-        "SHiRA": lambda: make_peft(ShiraConfig(r=3, random_seed=0, target_modules=linear, modules_to_save=["classifier"])),
+        "SHiRA": lambda: make_peft(
+            ShiraConfig(r=3, random_seed=0, target_modules=linear, modules_to_save=["classifier"])
+        ),
         "Supertuning": lambda: make_peft(
             SupertuningConfig(sparsity=1 - share, target_modules=linear, modules_to_save=["classifier"])
         ),

@@ -9,8 +9,8 @@ Whatever it cannot prove exact it refuses before any score is touched:
 
 - a parameter in a call that has no rule, or in a custom autograd function (found by walking the plain graph);
 - an input that is changed in place after its use;
-- an output whose first dimension only looks like the examples: a trial backward for one example must leave exact zeros
-  in the rows of all others;
+- an output whose first dimension only looks like the examples: on two examples, a trial backward for each must leave
+  exact zeros in the rows of the other;
 - a recorded forward whose output is not that of the plain model.
 """
 
@@ -183,18 +183,40 @@ class BatchedEngine:
         parameters: Mapping[str, nn.Parameter],
         likelihood: Likelihood,
         scores: Mapping[str, Tensor],
-        plain: tuple[Tensor, Tensor],
     ) -> None:
-        """Take the plain outputs of the first batch and of one example, the latter with its graph."""
         self.model, self.parameters, self.likelihood, self.scores = model, parameters, likelihood, scores
-        self._plain: Tensor | None = plain[0]
-        self._reached, self._foreign = self._walk(plain[1])
-        self._tried: set[int] = set()
-        self._trial: tuple[int, int] | None = None  # (example, B) while a trial backward runs
+        self._foreign: list[Tensor] = []
+        self._trial: int | None = None  # the example whose trial backward runs
         self._examples = 0
         self._uses: Counter[str] = Counter()
         self._waiting: dict[str, list[Rule]] = {}
         self._buffer = torch.empty(0, device=next(iter(scores.values())).device)
+
+    def check(self, batch: Batch, whole: Tensor, alone: Tensor) -> None:
+        """Try the engine on a batch of few examples.
+
+        One size that works vouches for all: a dimension that is as long as the batch by chance is not for both sizes,
+        and the trial backwards see it if it is.
+
+        Args:
+            batch: One example or more.
+            whole: The model's plain output on it.
+            alone: The output for one example, with the graph in which the parameters require gradients.
+
+        Raises:
+            Unsupported: The engine cannot score the model exactly.
+        """
+        reached, custom, self._foreign = walk(alone, self.parameters)
+        for name, function in custom.items():
+            raise Unsupported(f"{name} is used by the custom autograd function {function}, and no rule is known for it")
+        recording, evaluation = self._forward(batch, 0)
+        for name in sorted(reached - {rule.view.name for rule in recording.rules}):
+            raise Unsupported(f"{name} is used by code that the batched engine does not see")
+        if not same(evaluation.output.detach(), whole, 0.0):
+            raise Unsupported(f"{recording.rules[0].view.name} or others change the output when they are recorded")
+        with self._foreign_gradients_kept():
+            for n in range(recording.B):
+                self._try(n, recording, evaluation.output)
 
     def add(self, batch: Batch, first: int) -> None:
         """Score ``batch``, whose first example is number ``first`` of the run.
@@ -202,66 +224,44 @@ class BatchedEngine:
         Raises:
             Unsupported: The scores are untouched then.
         """
-        self._examples = B = size(batch)
-        recording = Recording(self.model, self.parameters, self.scores, B, self._receive)
-        evaluation = self._forward(recording, batch, first)
-        recording.check_kept()
-        self._check_plain(recording, evaluation.output)
+        recording, evaluation = self._forward(batch, first)
         self._uses = Counter(rule.view.name for rule in recording.rules)
         with self._foreign_gradients_kept():
-            if B not in self._tried:
-                self._try(recording, evaluation.output)
-                self._tried.add(B)
             for number, cotangent in enumerate(evaluation.cotangents(), start=1):
                 evaluation.output.backward(cotangent, retain_graph=number < evaluation.passes)
                 self._flush()
 
-    def _walk(self, output: Tensor) -> tuple[set[str], list[Tensor]]:
-        reached, custom, foreign = walk(output, self.parameters)
-        for name, function in custom.items():
-            raise Unsupported(f"{name} is used by the custom autograd function {function}, and no rule is known for it")
-        return reached, foreign
-
-    def _forward(self, recording: Recording, batch: Batch, first: int) -> Evaluation:
+    def _forward(self, batch: Batch, first: int) -> tuple[Recording, Evaluation]:
+        self._examples = size(batch)
+        recording = Recording(self.model, self.parameters, self.scores, self._examples, self._receive)
         try:
             with recording:
-                return self.likelihood(self.model, batch, first)
+                evaluation = self.likelihood(self.model, batch, first)
         except (FishError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:
             # The plain forward of the first batch went well, so this comes from being recorded: code that depends on
-            # a shape, such as [1, S] where a lookup now gives [B, S], or that was refused inside the model.
+            # a shape, such as [1, S] where a lookup now gives [B, S].
             raise Unsupported(f"the forward fails while it is recorded ({error})") from error
+        recording.check_kept()
+        return recording, evaluation
 
-    def _check_plain(self, recording: Recording, output: Tensor) -> None:
-        """On the first batch: all reached parameters have rules, and the output is the plain one."""
-        if self._plain is None:
-            return
-        for name in sorted(self._reached - {rule.view.name for rule in recording.rules}):
-            raise Unsupported(f"{name} is used by code that the batched engine does not see")
-        if output.shape != self._plain.shape or not same(output.detach(), self._plain, 0.0):
-            names = sorted({rule.view.name for rule in recording.rules})
-            raise Unsupported(f"{names[0]} and others are used so that the recorded forward gives another output")
-        self._plain = None
-
-    def _try(self, recording: Recording, output: Tensor) -> None:
-        """Backward from one example at a time: no other example may get anything. Two, as one may agree by chance."""
-        B = recording.B
-        for n in sorted({0, B // 2}):
-            cotangent = torch.zeros_like(output)
-            cotangent[n] = torch.linspace(0.5, 1.5, max(1, cotangent[n].numel())).view(cotangent[n].shape)
-            self._trial = (n, B)
-            try:
-                output.backward(cotangent, retain_graph=True)
-            except CheckpointError as error:
-                name = recording.rules[0].view.name
-                raise Unsupported(f"{name} and others are used under gradient checkpointing") from error
-            finally:
-                self._trial = None
+    def _try(self, n: int, recording: Recording, output: Tensor) -> None:
+        """Go backward from one example: no other may get anything."""
+        cotangent = torch.zeros_like(output)
+        cotangent[n] = torch.linspace(0.5, 1.5, max(1, cotangent[n].numel())).view(cotangent[n].shape)
+        self._trial = n
+        try:
+            output.backward(cotangent, retain_graph=True)
+        except CheckpointError as error:
+            name = recording.rules[0].view.name
+            raise Unsupported(f"{name} and others are used under gradient checkpointing") from error
+        finally:
+            self._trial = None
 
     def _receive(self, rules: list[Rule], dY: Tensor) -> None:
         if self._trial is not None:
-            self._check_trial(rules, dY, *self._trial)
+            self._check_trial(rules, dY, self._trial)
             return
         for rule in rules:
             rule.receive(dY)
@@ -275,8 +275,8 @@ class BatchedEngine:
             if len(waiting) == self._uses[name]:
                 self._square_together(name, self._waiting.pop(name))
 
-    def _check_trial(self, rules: list[Rule], dY: Tensor, n: int, B: int) -> None:
-        rows = dY.reshape(B, -1)
+    def _check_trial(self, rules: list[Rule], dY: Tensor, n: int) -> None:
+        rows = dY.reshape(self._examples, -1)
         if rules and (rows[:n].count_nonzero() or rows[n + 1 :].count_nonzero()):
             raise Unsupported(
                 f"{rules[0].view.name} is used where the first dimension is not the examples (positions first, or "

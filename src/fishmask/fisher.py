@@ -15,7 +15,7 @@ from fishmask.batches import Batch, cut, first_examples, size
 from fishmask.engine_batched import BatchedEngine, Unsupported
 from fishmask.engine_loop import LoopEngine
 from fishmask.errors import FishError
-from fishmask.guards import Guard, check_first_batch, left_as_found, require_gradients
+from fishmask.guards import Guard, check_independence, left_as_found, require_gradients
 from fishmask.likelihoods import Labels, Likelihood, Loss
 from fishmask.params import canonical_parameters
 
@@ -153,15 +153,17 @@ class _Run:
         scores: dict[str, Tensor],
         engine: Engine,
     ) -> None:
-        self._parts = (model, parameters, likelihood, scores)
-        self._choice = engine
-        self._engine: BatchedEngine | LoopEngine | None = None
+        self._model, self._likelihood, self._choice = model, likelihood, engine
+        parts = (model, parameters, likelihood, scores)
+        self._loop = LoopEngine(*parts)
+        self._engine: BatchedEngine | LoopEngine = self._loop if engine == "loop" else BatchedEngine(*parts)
+        self._checked_examples = 0
 
     def add(self, batch: Batch, first: int) -> None:
         try:
-            if self._engine is None:
-                self._start(batch)
-            assert self._engine is not None
+            if self._checked_examples < min(2, size(batch)):
+                self._check(cut(batch, 0, min(2, size(batch))))
+            require_gradients(self._model, self._engine is self._loop)
             self._engine.add(batch, first)
         except Unsupported as reason:
             if self._choice == "batched":
@@ -169,27 +171,21 @@ class _Run:
                     f"the batched engine cannot score this model exactly: {reason}; use engine='auto' or "
                     "engine='loop', which takes one example at a time"
                 ) from None
-            # The level of the caller of fisher().
-            warnings.warn(
-                f"{type(self._parts[0]).__name__} is scored one example at a time by the loop engine, because {reason}",
-                UserWarning,
-                stacklevel=3,
-            )
-            self._loop()
-            self._engine.add(batch, first)  # type: ignore[union-attr]
+            name = type(self._model).__name__
+            message = f"{name} is scored one example at a time by the loop engine, because {reason}"
+            warnings.warn(message, UserWarning, stacklevel=3)
+            self._engine = self._loop
+            require_gradients(self._model, True)
+            self._loop.add(batch, first)
 
-    def _start(self, batch: Batch) -> None:
-        model, parameters, likelihood, scores = self._parts
-        self._loop()
-        plain = check_first_batch(model, batch, likelihood)
-        if self._choice != "loop":
-            engine = BatchedEngine(model, parameters, likelihood, scores, plain)
-            require_gradients(model, False)
-            self._engine = engine
-
-    def _loop(self) -> None:
-        require_gradients(self._parts[0], True)
-        self._engine = LoopEngine(*self._parts)
+    def _check(self, few: Batch) -> None:
+        """Check one example if the first batch has no more, and two as soon as there are two."""
+        self._checked_examples = size(few)
+        require_gradients(self._model, True)
+        whole, alone = check_independence(self._model, few, self._likelihood)
+        if isinstance(self._engine, BatchedEngine):
+            require_gradients(self._model, False)
+            self._engine.check(few, whole, alone)
 
 
 def _gradient_sums(
@@ -205,10 +201,12 @@ def _gradient_sums(
     sums = _zeros(parameters)
     with left_as_found(model), _counter(progress, examples) as advance:
         require_gradients(model, True)
+        checked = 0
         for first, batch in _taken(batches, examples, _device(model)):
-            if first == 0:
-                check_first_batch(model, batch, likelihood)
             count = size(batch)
+            if checked < min(2, count):
+                checked = min(2, count)
+                check_independence(model, cut(batch, 0, checked), likelihood)
             for start in range(0, count, at_once or count):
                 with Guard(model):
                     part = cut(batch, start, min(count, start + (at_once or count)))

@@ -122,13 +122,13 @@ def require_gradients(model: nn.Module, required: bool) -> None:
             p.requires_grad_(required)
 
 
-def check_first_batch(model: nn.Module, batch: Batch, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
-    """Run the model plainly on the batch and on one of its examples; refuse if the example differs.
+def check_independence(model: nn.Module, batch: Batch, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
+    """Run the model plainly on ``batch`` and on its last example alone; refuse if the example differs.
 
     Returns:
-        The output of the whole batch, detached, and that of one example, with its graph.
+        The output of the whole batch, detached, and that of the example, with its graph.
     """
-    n = size(batch) // 2
+    n = size(batch) - 1
     with Guard(model):
         whole = likelihood(model, batch, 0).output
         if not whole.requires_grad:
@@ -138,7 +138,7 @@ def check_first_batch(model: nn.Module, batch: Batch, likelihood: Likelihood) ->
             )
         whole = whole.detach()
         alone = likelihood(model, cut(batch, n, n + 1), n).output
-    if not same(whole[n], alone.detach()[0], (whole.norm() / size(batch) ** 0.5).item()):
+    if not same(alone.detach()[0], whole[n], (whole.norm() / size(batch) ** 0.5).item()):
         raise FishError(
             f"example {n} of the first batch gives another {'loss' if likelihood.loss else 'output'} alone than within "
             f"the batch (off by {(whole[n] - alone.detach()[0]).norm().item():.3g}): the model or the loss mixes the "
