@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fishmask import applied, container
 from fishmask.errors import FishError
-from fishmask.fingerprint import Base, State, fingerprint, floating_tensors, raw_bits, takes_whole
+from fishmask.fingerprint import SHORT, Base, State, fingerprint, floating_tensors, raw_bits, takes_whole
 from fishmask.mask import Mask
 from fishmask.params import aliases, canonical_parameters
 
@@ -161,16 +161,18 @@ class Delta:
         metadata |= {"base_name": self.base_name} if self.base_name is not None else {}
         metadata |= {"base_revision": self.base_revision} if self.base_revision is not None else {}
         tensors, description = container.pack_mask(self.mask.indices, self.mask.shapes)
-        description["fingerprints"] = [self.base.short.get(name) for name in self.mask.shapes]
+        # One string: far smaller once compressed than a list of strings.
+        description["fingerprints"] = "".join(self.base.short.get(name, "-" * SHORT) for name in self.mask.shapes)
         if indices == "raw":
             tensors = {f"indices/{name}": container.narrow(flat) for name, flat in self.mask.indices.items()}
             tensors |= {f"values/{name}": held for name, held in values.items()}
             del description["planes"]
         else:
-            described = {name: container.DTYPE_NAMES[held.dtype] for name, held in values.items()}
-            description["dtypes"] = [described.get(name) for name in self.mask.shapes]
-            for dtype in sorted(set(described.values())):
-                tensors[f"values/{dtype}"] = torch.cat([values[n] for n in values if described[n] == dtype])
+            dtypes = {name: container.DTYPE_NAMES[held.dtype] for name, held in values.items()}
+            common = next(iter(dtypes.values()), "F32")
+            description["dtypes"] = [dtypes.get(name, common) for name in self.mask.shapes]
+            for dtype in sorted(set(dtypes.values())):
+                tensors[f"values/{dtype}"] = torch.cat([values[n] for n in values if dtypes[n] == dtype])
         tensors |= {f"buffers/{name}": buffer for name, buffer in self.buffers.items()}
         container.write(path, "delta", container.Content(metadata, description, tensors))
 
@@ -185,12 +187,15 @@ class Delta:
         content = container.read(path, "delta")
         with container.refusing(path):
             mask, description = Mask.unpack(content), content.description
-            pairs = zip(description["names"], description["fingerprints"], strict=True)
+            digits, names = description["fingerprints"], description["names"]
+            if len(digits) != SHORT * len(names):
+                raise ValueError(f"{len(digits)} digits of fingerprints for {len(names)} parameters")
+            short = {name: digits[i * SHORT : (i + 1) * SHORT] for i, name in enumerate(names)}
             prefix = "buffers/"
             return cls(
                 mask,
                 _unpack_values(content, mask),
-                base=Base({name: short for name, short in pairs if short is not None}, content.metadata["base"]),
+                base=Base({n: text for n, text in short.items() if "-" not in text}, content.metadata["base"]),
                 buffers={n.removeprefix(prefix): t for n, t in content.tensors.items() if n.startswith(prefix)},
                 base_name=content.metadata.get("base_name"),
                 base_revision=content.metadata.get("base_revision"),
@@ -266,7 +271,7 @@ class Delta:
         if differing:
             # A delta may be made on a model with others applied, or on the base below them.
             below = ((name, applied.restored(model, target, targets[target])) for name, target in here.items())
-            differing = self._differing(below) and differing
+            differing = min(differing, self._differing(below), key=len)
         if differing and len(differing) == len(here):
             problems.append("other weights in every parameter: another base, or the same in another dtype")
         elif differing:
@@ -278,7 +283,7 @@ class Delta:
         if len(hashes) == len(self.base.short):
             return self.base.differing(Base.of(hashes))
         # Parameters that are missing or misshapen are reported as such: compare the others by what is known of each.
-        return [name for name, text in hashes.items() if self.base.short[name] != text[:8]]
+        return [name for name, text in hashes.items() if self.base.short[name] != text[:SHORT]]
 
 
 def load(model: nn.Module, path: str | PathLike[str]) -> Delta:

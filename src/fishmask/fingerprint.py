@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 State = nn.Module | Mapping[str, Any]
 
+SHORT = 6  # hexadecimal digits kept of each hash: they only name what differs, the digest of all decides
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -59,7 +61,7 @@ def tensor_hash(tensor: Tensor) -> str:
 class Base(NamedTuple):
     """What a delta keeps of its base's fingerprint: enough to name the parameters that differ, and to be sure.
 
-    ``short`` has the first eight digits of every parameter's hash; ``digest`` is SHA-256 (hex) over the lines
+    ``short`` has the first six digits of every parameter's hash; ``digest`` is SHA-256 (hex) over the lines
     "name, tab, whole hash, newline", sorted by name.
     """
 
@@ -70,7 +72,7 @@ class Base(NamedTuple):
     def of(cls, hashes: Mapping[str, str]) -> "Base":
         """Keep the essence of what ``fingerprint`` returned."""
         lines = "".join(f"{name}\t{hashes[name]}\n" for name in sorted(hashes))
-        return cls({name: text[:8] for name, text in hashes.items()}, hashlib.sha256(lines.encode()).hexdigest())
+        return cls({name: text[:SHORT] for name, text in hashes.items()}, hashlib.sha256(lines.encode()).hexdigest())
 
     def differing(self, other: "Base") -> list[str]:
         """Name the parameters with other weights; all of them in the rare case that only the digests tell."""
