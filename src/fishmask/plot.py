@@ -41,11 +41,13 @@ def _row(modules: list[str]) -> str:
 
 
 def kind_of(name: str, dimensions: int) -> str:
-    """Return the column of a parameter: what kind it is, by the words in its name."""
+    """Return the column of a parameter: what kind it is, by its name, else by its shape."""
     if name.rpartition(".")[2].endswith("bias") and not _matches(_NORM, name):
         return "bias"
     if dimensions == 1 or _matches(_NORM, name):
         return "norm"
+    if dimensions >= 4:
+        return "convolution"
     return next((kind for kind, words in _KINDS if _matches(words, name)), "other weight")
 
 

@@ -227,12 +227,12 @@ def choose(
 
 
 def counted(batches: Iterator[dict[str, Tensor]], examples: int, progress: Progress) -> Iterator[dict[str, Tensor]]:
-    """Hand the batches on and report the examples that are done as phase "scoring"."""
+    """Hand the batches on and report the examples handed out as phase "scoring"."""
     done = 0
     for batch in batches:
-        yield batch
         done += len(batch["input_ids"])
         progress("scoring", done, examples)
+        yield batch
 
 
 def _step(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, clip: float) -> float:

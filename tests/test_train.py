@@ -1,0 +1,235 @@
+import io
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fishmask.data import Examples, encode, rated_words, read_examples
+from fishmask.demo import RECIPES, model_folder
+from fishmask.errors import FishError
+from fishmask.hub import load_for_training, load_like
+from fishmask.mask import Mask
+from fishmask.measure import peak_memory_bytes, quality
+from fishmask.train import Recipe, choose, evaluate, fit, predict
+from tests import tiny
+
+TINY = Recipe(density=0.1, learning_rate=3e-3, epochs=2, batch_size=8, max_length=16, examples=16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tiny.model_folder(tmp_path_factory.mktemp("train") / "model"))
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    return read_examples(tiny.table(tmp_path_factory.mktemp("train") / "train.tsv"), "text", "label")
+
+
+def start(folder, examples, seed=0):
+    loaded = load_for_training(folder, examples.classes, seed=seed)
+    return loaded, encode(examples, loaded.tokenizer, 16)
+
+
+def tuned(folder, examples, recipe, **options):
+    loaded, data = start(folder, examples, recipe.seed)
+    return loaded, data, fit(loaded.model, data, recipe, head=loaded.head, **options)
+
+
+@pytest.mark.parametrize("method", ["fish", "random", "magnitude", "biases", "full"])
+def test_every_method_learns_the_tiny_task(folder, examples, method):
+    rate = 1e-3 if method == "full" else 1e-2
+    loaded, data, outcome = tuned(folder, examples, Recipe(method, 0.3, rate, epochs=30, batch_size=8, examples=48))
+    assert evaluate(loaded.model, data)["accuracy"] > (0.6 if method == "biases" else 0.9)
+    assert outcome.entries == (
+        sum(p.numel() for p in loaded.model.parameters()) if method == "full" else outcome.tuning.mask.k
+    )
+    assert outcome.history[-1]["train_loss"] < outcome.history[0]["train_loss"]
+
+
+def test_regression_learns_too(folder, tmp_path):
+    ratings = read_examples(tiny.table(tmp_path / "r.tsv", kind="ratings"), "text", "label")
+    recipe = Recipe("fish", 0.3, 1e-2, epochs=30, batch_size=8)
+    loaded, data, _ = tuned(folder, ratings, recipe)
+    assert loaded.model.config.problem_type == "regression"
+    assert evaluate(loaded.model, data)["pearson"] > 0.9
+
+
+def test_the_same_seed_gives_the_same_delta_and_another_seed_another(folder, examples):
+    deltas = [tuned(folder, examples, replace(TINY, seed=seed))[2].tuning.delta() for seed in (3, 3, 4)]
+    assert deltas[0].mask.digest == deltas[1].mask.digest != deltas[2].mask.digest
+    for name, values in deltas[0].values.items():
+        assert torch.equal(values, deltas[1].values[name])
+
+
+def test_only_masked_entries_move_and_the_head_is_kept_whole(folder, examples):
+    loaded, _, outcome = tuned(folder, examples, TINY)
+    before = load_for_training(folder, examples.classes, seed=0).model
+    moved = Mask.between(before, loaded.model)
+    assert 0 < moved.k <= outcome.tuning.mask.k == int(0.1 * outcome.tuning.mask.n)
+    assert (moved - outcome.tuning.mask).k == 0
+    assert len(outcome.tuning.mask.indices["classifier.weight"]) == 2 * 32
+
+
+def test_the_warm_up_moves_the_head_alone_and_counts_as_training(folder, examples):
+    seen = []
+    recipe = replace(TINY, warm_up_head=5, exclude=("pooler",))
+    loaded, data = start(folder, examples)
+
+    def watch(phase, done, total):
+        changed = Mask.between(load_for_training(folder, examples.classes, seed=0).model, loaded.model)
+        seen.append((phase, done, total, set(changed.indices)))
+
+    outcome = fit(loaded.model, data, recipe, head=loaded.head, progress=watch)
+    head = {"classifier.weight", "classifier.bias"}
+    phases = [phase for phase, *_ in seen]
+    assert phases[:5] == ["training"] * 5 and phases[5] == "scoring"
+    assert all(names == head for phase, done, _, names in seen if phase == "scoring" or done <= 5)
+    assert seen[-1][3] > head
+    assert [done for phase, done, *_ in seen if phase == "training"] == list(range(1, 13))
+    assert not any("pooler" in name for name in outcome.tuning.delta().mask.indices)
+    assert outcome.tuning.mask.k == int(0.1 * outcome.tuning.mask.n)
+
+
+def test_a_mask_chosen_beforehand_is_the_one_trained(folder, examples):
+    mask = Mask.random(load_for_training(folder, examples.classes).model, 0.05, seed=1)
+    assert tuned(folder, examples, TINY, mask=mask)[2].tuning.mask == mask
+    with pytest.raises(ValueError, match="goes with neither"):
+        tuned(folder, examples, replace(TINY, method="full"), mask=mask)
+
+
+def test_the_log_has_one_line_per_epoch_with_the_validation_quality(folder, examples):
+    log = io.StringIO()
+    loaded, data = start(folder, examples)
+    outcome = fit(loaded.model, data, TINY, head=loaded.head, validation=data, log=log)
+    records = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert records == outcome.history
+    assert [(r["epoch"], r["step"]) for r in records] == [(1, 6), (2, 12)]
+    assert records[-1]["accuracy"] == evaluate(loaded.model, data)["accuracy"]
+
+
+def test_predictions_are_in_the_order_of_the_data_whatever_the_batches(folder, examples):
+    loaded, data = start(folder, examples)
+    outputs = predict(loaded.model, data, batch_size=8)
+    for row in (0, 7, 47):
+        batch = {name: tensor for name, tensor in data.batch([row]).items() if name != "labels"}
+        torch.testing.assert_close(outputs[row], loaded.model(**batch).logits[0].detach())
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(folder, examples):
+    with pytest.raises(FishError, match="the loss became nan; try a lower learning rate"):
+        loaded, data = start(folder, examples)
+        with torch.no_grad():
+            loaded.model.classifier.weight.fill_(math.nan)
+        fit(loaded.model, data, replace(TINY, method="random"), head=loaded.head)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"method": "bitfit"}, "method must be one of fish, random"),
+        ({"density": 5}, "fraction in"),
+        ({"epochs": 0}, "epochs must be above 0"),
+        ({"clip": -1.0}, "clip must not be below 0"),
+        ({"method": "full", "warm_up_head": 5}, "for masks"),
+        ({"method": "biases", "exclude": ("pooler",)}, "takes none"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**wrong)
+
+
+def test_a_warm_up_as_long_as_the_training_is_refused(folder, examples):
+    with pytest.raises(ValueError, match="leaves no step for training: there are 12"):
+        tuned(folder, examples, replace(TINY, warm_up_head=12))
+
+
+def test_fewer_examples_than_asked_for_are_all_scored(folder, examples):
+    loaded, data = start(folder, examples)
+    seen = []
+    choose(loaded.model, data, Recipe(density=0.1), loaded.head, lambda phase, done, total: seen.append((done, total)))
+    assert seen[-1] == (48, 48)
+
+
+def test_the_head_depends_on_the_seed_alone(folder):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = load_for_training(folder, ("x", "y"), seed=5).model.classifier.weight
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert torch.equal(first, load_for_training(folder, ("x", "y"), seed=5).model.classifier.weight)
+    assert not torch.equal(first, load_for_training(folder, ("x", "y"), seed=6).model.classifier.weight)
+
+
+def test_a_checkpoint_with_a_head_keeps_it_or_gets_a_new_one_for_other_classes(folder, tmp_path):
+    model = load_for_training(folder, ("x", "y"), seed=5).model
+    model.save_pretrained(tmp_path / "two")
+    load_like(folder).config.save_pretrained(tmp_path)
+    tiny_tokenizer = load_for_training(folder, ("x", "y")).tokenizer
+    tiny_tokenizer.save_pretrained(tmp_path / "two")
+    same = load_for_training(str(tmp_path / "two"), ("x", "y"), seed=6)
+    assert same.head == ("classifier.weight", "classifier.bias")
+    assert torch.equal(same.model.classifier.weight, model.classifier.weight)
+    other = load_for_training(str(tmp_path / "two"), ("x", "y", "z"), seed=6)
+    assert other.head == ("classifier.weight", "classifier.bias")
+    assert other.model.classifier.weight.shape == (3, 32)
+
+
+def test_a_checkpoint_that_lacks_weights_of_the_body_is_refused(folder, tmp_path):
+    model = load_like(folder)
+    state = {name: tensor for name, tensor in model.state_dict().items() if "layer.1.output.dense" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    load_for_training(folder, ("x", "y")).tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(FishError, match=r"lacks 2 weights of the model itself, such as .*layer\.1\.output\.dense"):
+        load_for_training(str(tmp_path), ("x", "y"))
+
+
+def test_a_model_that_is_nowhere_is_one_clear_error(tmp_path):
+    with pytest.raises(FishError, match=r"cannot load .*nowhere.*expected a model folder or a name"):
+        load_for_training(str(tmp_path / "nowhere"))
+
+
+def test_quality_of_classes_against_counts_by_hand():
+    logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0], [3.0, 1.0]])
+    found = quality(logits, torch.tensor([0, 1, 0, 1]))
+    assert found == {"accuracy": 0.5, "f1": 0.5, "mcc": 0.0}
+    perfect = quality(torch.eye(3), torch.tensor([0, 1, 2]))
+    assert perfect == {"accuracy": 1.0, "f1": 1.0, "mcc": 1.0}
+    # TP 2, FN 1, FP 1, TN 4
+    logits = torch.nn.functional.one_hot(torch.tensor([1, 1, 0, 1, 0, 0, 0, 0]), 2).float()
+    found = quality(logits, torch.tensor([1, 1, 1, 0, 0, 0, 0, 0]))
+    assert found["f1"] == pytest.approx(2 / 3)
+    assert found["mcc"] == pytest.approx((2 * 4 - 1 * 1) / math.sqrt(3 * 3 * 5 * 5))
+
+
+def test_quality_of_numbers_with_ties_and_constants():
+    outputs, targets = torch.tensor([[1.0], [2.0], [2.0], [10.0]]), torch.tensor([1.0, 3.0, 2.0, 4.0])
+    found = quality(outputs, targets)
+    assert found["pearson"] == pytest.approx(np.corrcoef([1, 2, 2, 10], [1, 3, 2, 4])[0, 1])
+    assert found["spearman"] == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [1, 3, 2, 4])[0, 1])
+    constant = quality(torch.ones(4, 1), targets)
+    assert (constant["pearson"], constant["spearman"]) == (0.0, 0.0)
+
+
+def test_the_peak_of_memory_rises_with_what_is_allocated():
+    before = peak_memory_bytes()
+    block = torch.ones(8 * before // 4 // 8 + 10_000_000)
+    assert peak_memory_bytes() > before + 30_000_000
+    del block
+
+
+@pytest.mark.slow
+def test_the_embedded_model_learns_rated_words(tmp_path):
+    recipe = replace(RECIPES["fish"], epochs=1, examples=64, warm_up_head=10)
+    loaded = load_for_training(model_folder())
+    words, checks = rated_words("train"), rated_words("validation")
+    some = Examples(words.texts[::5], targets=words.targets[::5])
+    train, validation = (encode(examples, loaded.tokenizer, 16) for examples in (some, checks))
+    before = evaluate(loaded.model, validation)["pearson"]
+    outcome = fit(loaded.model, train, recipe, head=loaded.head)
+    assert outcome.entries == int(0.005 * outcome.tuning.mask.n)
+    assert evaluate(loaded.model, validation)["pearson"] > before + 0.3
