@@ -107,7 +107,10 @@ class Site:
     def bias_gradient(self, grad: Tensor) -> Tensor:
         """Return the gradient of the bias's values, float32 [K]."""
         assert self.bias is not None
-        return _tokens(grad).sum(0, dtype=torch.float32).index_select(0, self.bias.indices)
+        grad = _tokens(grad)
+        if 2 * len(self.bias.indices) < grad.shape[1]:
+            return grad.index_select(1, self.bias.indices).sum(0, dtype=torch.float32)
+        return grad.sum(0, dtype=torch.float32).index_select(0, self.bias.indices)
 
 
 class LinearSite(Site):
