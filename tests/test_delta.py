@@ -19,7 +19,8 @@ from fishmask.delta import Delta, load
 from fishmask.fingerprint import Base, fingerprint, raw_bits, tensor_hash
 from tests.cases import CASES, Case, case
 
-INTEGERS = {torch.float64: "u8", torch.float32: "u4", torch.bfloat16: "u2", torch.float16: "u2"}
+INTEGERS = {torch.float64: "i8", torch.float32: "i4", torch.bfloat16: "i2", torch.float16: "i2"}
+INTEGERS |= {torch.float8_e4m3fn: "u1", torch.float8_e5m2: "u1"}
 
 
 def bits(state: nn.Module | dict[str, Tensor]) -> dict[str, list[int]]:
@@ -60,7 +61,7 @@ def state_pairs(draw: st.DrawFn) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         second = draw(st.sampled_from([first, draw(some)]))
         strided = len(shape) == 2 and draw(st.booleans())
         for state, raw in zip(pair, (first, second), strict=True):
-            integers = np.frombuffer(raw, INTEGERS[dtype].replace("u", "i")).copy()
+            integers = np.frombuffer(raw, INTEGERS[dtype]).copy()
             tensor = torch.from_numpy(integers).view(dtype).view(shape)
             state[f"p{i}"] = tensor.t().contiguous().t() if strided else tensor
     return pair
@@ -472,7 +473,12 @@ def test_changes_at_other_entries_survive_a_revert() -> None:
     assert torch.equal(base[2].bias, expected)
 
 
-def test_non_contiguous_weights_are_written_in_row_major_order() -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_non_contiguous_weights_are_written_in_row_major_order(
+    deterministic: bool, request: pytest.FixtureRequest
+) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     model = nn.Linear(3, 2)
     model.weight = nn.Parameter(model.weight.detach().t().contiguous().t())
     base = copy.deepcopy(model.state_dict())

@@ -42,7 +42,7 @@ def is_applied(model: nn.Module, owner: object) -> bool:
 def write(model: nn.Module, owner: object, entries: Entries) -> None:
     """Write entries into the weights and remember what was there. Everything must have been checked before."""
     tensors = targets(model)
-    found = {name: _read(tensors[name], indices) for name, (indices, _) in entries.items()}
+    found = {name: read(tensors[name], indices) for name, (indices, _) in entries.items()}
     for name, (indices, values) in entries.items():
         _write(tensors[name], indices, raw_bits(values))
     _history.setdefault(model, []).append(_Application(owner, entries, found))
@@ -98,7 +98,7 @@ def _unchanged(tensor: Tensor | None, entry: tuple[Tensor, Tensor], seen: Tensor
     indices, values = entry
     if tensor is None or tensor.dtype != values.dtype or bool((indices >= tensor.numel()).any()):
         return False
-    return torch.equal(_read(tensor, indices[seen]).cpu(), raw_bits(values)[seen])
+    return torch.equal(read(tensor, indices[seen]).cpu(), raw_bits(values)[seen])
 
 
 def _hand_over(name: str, mine: _Application, later: list[_Application]) -> None:
@@ -114,7 +114,8 @@ def _hand_over(name: str, mine: _Application, later: list[_Application]) -> None
             pending &= ~shared
 
 
-def _read(tensor: Tensor, indices: Tensor) -> Tensor:
+def read(tensor: Tensor, indices: Tensor) -> Tensor:
+    """Return the bits at flat indices, as integers, on the tensor's device."""
     return raw_bits(tensor).take(indices.to(tensor.device))
 
 
@@ -123,4 +124,4 @@ def _write(tensor: Tensor, indices: Tensor, bits: Tensor) -> None:
     if weights.is_contiguous():
         weights.view(-1).index_copy_(0, places, bits)
     else:
-        weights.put_(places, bits)
+        weights[torch.unravel_index(places, weights.shape)] = bits  # put_ is refused in deterministic mode

@@ -94,7 +94,7 @@ class Delta:
         """
         mask = Mask.between(base_state, tuned_state)
         base, tuned = floating_tensors(base_state), floating_tensors(tuned_state)
-        values = {name: tuned[name].detach().take(i.to(tuned[name].device)) for name, i in mask.indices.items()}
+        values = {name: applied.read(tuned[name], i).view(tuned[name].dtype) for name, i in mask.indices.items()}
         return cls(
             mask,
             values,
@@ -220,9 +220,9 @@ class Delta:
         problems = self._misfits(targets, names)
         others = self._other_base(model, targets, names) if check_base else []
         if problems or others:
-            hint = "" if problems else "\ncheck_base=False applies the delta to this model anyway"
-            lines = "".join(f"\n  {problem}" for problem in (*problems, *others))
-            raise FishError(f"the delta does not fit this model:{lines}{hint}")
+            hint = "" if problems else ";\ncheck_base=False applies the delta to this model anyway"
+            listed = ";\n  ".join((*problems, *others))
+            raise FishError(f"the delta does not fit this model:\n  {listed}{hint}")
         entries: dict[str, tuple[Tensor, Tensor]] = {}
         for name, values in self.values.items():
             target = names.get(name, name)
@@ -310,7 +310,12 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _overflowing(values: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> list[str]:
-    return [n for n, dtype in dtypes.items() if bool((values[n].isfinite() & values[n].to(dtype).isinf()).any())]
+    # By way of float64, because 8-bit floats have no arithmetic of their own.
+    return [
+        name
+        for name, dtype in dtypes.items()
+        if bool((values[name].double().isfinite() & ~values[name].to(dtype).double().isfinite()).any())
+    ]
 
 
 def _fits(mask: Mask, name: str, targets: Mapping[str, Tensor], names: Mapping[str, str]) -> bool:
