@@ -150,6 +150,15 @@ def test_save_refuses_unknown_options(tmp_path: Path) -> None:
         delta.save(tmp_path / "d", indices="plain")
 
 
+@pytest.mark.parametrize("indices", ["coded", "raw"])
+def test_a_dtype_that_the_format_lacks_is_refused(indices: str, tmp_path: Path) -> None:
+    delta = Delta.between(*({"w": torch.tensor([x]).to(torch.float8_e5m2fnuz)} for x in (0.0, 1.0)))
+    with pytest.raises(
+        ValueError, match=r"torch.float8_e5m2fnuz cannot be saved; the file format knows float64, float32"
+    ):
+        delta.save(tmp_path / "delta", indices=indices)
+
+
 def test_summary_names_base_values_and_layers() -> None:
     base = case("conv").make()
     tuned = changed(base)

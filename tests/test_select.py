@@ -123,6 +123,7 @@ def test_a_budget_beyond_the_nonzero_scores_is_reported_with_both_numbers() -> N
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         top_k(scores, 2)
+        top_k({"w": torch.tensor([1.0, -1.0])}, 2)  # negative, but not zero
 
 
 def test_budget_counts_all_entries_and_spends_keep_first() -> None:
@@ -135,6 +136,8 @@ def test_budget_gives_k_back_from_k_over_n() -> None:
     n = 22_713_216
     for k in (1, 7, 113_566, 333_333, n - 1, n):
         assert budget({"w": n}, k / n)[2] == k
+    assert 0.29 * 100 < 29
+    assert budget({"w": 100}, 0.29)[2] == 29
 
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.5, float("nan")])

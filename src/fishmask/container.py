@@ -37,7 +37,7 @@ _DIGEST_END = _DIGEST_AT + 64
 _LEVEL = 15
 _LARGEST_DESCRIPTION = 1 << 28
 
-DTYPES = {
+_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -51,7 +51,19 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Return the format's name of a tensor's dtype, "F32" for float32.
+
+    Raises:
+        ValueError: The format does not know the dtype.
+    """
+    if tensor.dtype not in _DTYPE_NAMES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPE_NAMES)
+        raise ValueError(f"{tensor.dtype} cannot be saved; the file format knows {known}")
+    return _DTYPE_NAMES[tensor.dtype]
 
 
 class Content(NamedTuple):
@@ -85,10 +97,8 @@ def write(path: str | os.PathLike[str], kind: str, content: Content) -> None:
     offset = 0
     for name in order:
         tensor = tensors[name]
-        if tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, which the file format does not hold")
         end = offset + tensor.numel() * tensor.element_size()
-        head[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        head[name] = {"dtype": dtype_name(tensor), "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -149,7 +159,7 @@ def _parse(path: str | os.PathLike[str], data: bytes, kind: str) -> Content:
 
 
 def _tensor(body: memoryview, entry: Mapping[str, Any]) -> Tensor:
-    dtype, shape, (start, end) = DTYPES[entry["dtype"]], torch.Size(entry["shape"]), entry["data_offsets"]
+    dtype, shape, (start, end) = _DTYPES[entry["dtype"]], torch.Size(entry["shape"]), entry["data_offsets"]
     if not 0 <= start <= end <= len(body) or shape.numel() * dtype.itemsize != end - start:
         raise ValueError(f"a tensor of shape {list(shape)} between bytes {start} and {end} of {len(body)}")
     return (

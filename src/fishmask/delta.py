@@ -160,21 +160,24 @@ class Delta:
         metadata = {"mask": self.mask.digest, "base": self.base.digest}
         metadata |= {"base_name": self.base_name} if self.base_name is not None else {}
         metadata |= {"base_revision": self.base_revision} if self.base_revision is not None else {}
+        tensors, description = self._packed(values, coded=indices == "coded")
+        container.write(path, "delta", container.Content(metadata, description, tensors))
+
+    def _packed(self, values: Mapping[str, Tensor], coded: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, description = container.pack_mask(self.mask.indices, self.mask.shapes)
         # One string: far smaller once compressed than a list of strings.
         description["fingerprints"] = "".join(self.base.short.get(name, "-" * SHORT) for name in self.mask.shapes)
-        if indices == "raw":
-            tensors = {f"indices/{name}": container.narrow(flat) for name, flat in self.mask.indices.items()}
-            tensors |= {f"values/{name}": held for name, held in values.items()}
-            del description["planes"]
-        else:
-            dtypes = {name: container.DTYPE_NAMES[held.dtype] for name, held in values.items()}
+        if coded:
+            dtypes = {name: container.dtype_name(held) for name, held in values.items()}
             common = next(iter(dtypes.values()), "F32")
             description["dtypes"] = [dtypes.get(name, common) for name in self.mask.shapes]
             for dtype in sorted(set(dtypes.values())):
                 tensors[f"values/{dtype}"] = torch.cat([values[n] for n in values if dtypes[n] == dtype])
-        tensors |= {f"buffers/{name}": buffer for name, buffer in self.buffers.items()}
-        container.write(path, "delta", container.Content(metadata, description, tensors))
+        else:
+            tensors = {f"indices/{name}": container.narrow(flat) for name, flat in self.mask.indices.items()}
+            tensors |= {f"values/{name}": held for name, held in values.items()}
+            del description["planes"]
+        return tensors | {f"buffers/{name}": buffer for name, buffer in self.buffers.items()}, description
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Delta":
