@@ -627,6 +627,14 @@ def test_nothing_is_kept_below_the_lowest_masked_layer() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_second_derivatives_are_refused_not_wrong() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    tuning = fishmask.attach(model, Mask.random(model, 0.5, seed=0))
+    grads = torch.autograd.grad(model(torch.randn(5, 3)).sum(), list(tuning.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        sum(g.square().sum() for g in grads).backward()
+
+
 def test_values_are_views_of_one_vector() -> None:
     model = case("bert").make()
     tuning = fishmask.attach(model, clustered(model))

@@ -45,6 +45,7 @@ class _Collect(torch.autograd.Function):
         return output.detach()  # not a view in autograd's eyes, so an in-place activation may follow
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         (kept,) = ctx.saved_tensors
         _, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
