@@ -162,13 +162,9 @@ def _tensor(body: memoryview, entry: Mapping[str, Any]) -> Tensor:
     dtype, shape, (start, end) = _DTYPES[entry["dtype"]], torch.Size(entry["shape"]), entry["data_offsets"]
     if not 0 <= start <= end <= len(body) or shape.numel() * dtype.itemsize != end - start:
         raise ValueError(f"a tensor of shape {list(shape)} between bytes {start} and {end} of {len(body)}")
-    return (
-        torch.frombuffer(bytearray(body[start:end]), dtype=dtype).view(shape) if end > start else _empty(dtype, shape)
-    )
-
-
-def _empty(dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
+    if start == end:  # frombuffer takes no empty buffer
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(body[start:end]), dtype=dtype).view(shape)
 
 
 @contextlib.contextmanager
