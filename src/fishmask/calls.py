@@ -157,11 +157,12 @@ def layer_norm(
     x = _activation(tape, input)
     if input.dim() <= len(normalized_shape):
         tape.refuse("the norm is taken over the examples too")
-    out = F.layer_norm(input, normalized_shape, weight, bias, eps)
+    shape = input.shape  # the closure must not hold the output: its hook would hold the closure, for ever
 
     def plain() -> Tensor:
-        return F.layer_norm(x.float(), normalized_shape, None, None, eps).view(out.shape)
+        return F.layer_norm(x.float(), normalized_shape, None, None, eps).view(shape)
 
+    out = F.layer_norm(input, normalized_shape, weight, bias, eps)
     return _scaled(tape, out, weight, bias, plain, -len(normalized_shape))
 
 
@@ -172,16 +173,13 @@ def rms_norm(
     x = _activation(tape, input)
     if input.dim() <= len(normalized_shape):
         tape.refuse("the norm is taken over the examples too")
+    shape, exact_eps = input.shape, torch.finfo(input.dtype).eps if eps is None else eps
+
+    def plain() -> Tensor:
+        return F.rms_norm(x.float(), normalized_shape, None, exact_eps).view(shape)
+
     out = F.rms_norm(input, normalized_shape, weight, eps)
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return _scaled(
-        tape,
-        out,
-        weight,
-        None,
-        lambda: F.rms_norm(x.float(), normalized_shape, None, eps).view(out.shape),
-        -len(normalized_shape),
-    )
+    return _scaled(tape, out, weight, None, plain, -len(normalized_shape))
 
 
 def _channels(tape: Tape, input: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE_BYTES = 1 << 20  # half of a 2 MiB level-2 cache: one tile of scratch and one of scores stay in it
+TILE_BYTES = 1 << 19  # a tile of scratch and one of scores stay in the level-2 cache
 
 
 @dataclass(frozen=True)
