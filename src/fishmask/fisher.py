@@ -70,8 +70,8 @@ def fisher(
     """
     likelihood = _checked(model, labels, examples, loss, engine, seed)
     parameters = canonical_parameters(model)
-    scores = _zeros(parameters)
     with left_as_found(model), _counter(progress, examples) as advance:
+        scores = _zeros(parameters)
         run = _Run(model, parameters, likelihood, scores, engine)
         for first, batch in _taken(batches, examples, _device(model)):
             run.add(batch, first)
@@ -198,8 +198,8 @@ def _gradient_sums(
 ) -> dict[str, Tensor]:
     """Return the gradient of -log p, summed over examples."""
     parameters = canonical_parameters(model)
-    sums = _zeros(parameters)
     with left_as_found(model), _counter(progress, examples) as advance:
+        sums = _zeros(parameters)
         require_gradients(model, True)
         checked = 0
         for first, batch in _taken(batches, examples, _device(model)):
@@ -241,6 +241,11 @@ def _checked(
         raise ValueError(
             f"labels={labels!r} needs the distribution that the model predicts, which a loss of your own does not "
             "tell; leave loss out, or use labels='given'"
+        )
+    if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
+        raise FishError(
+            f"{type(model).__name__} was made under torch.inference_mode(), so no gradients can be taken; make it "
+            "outside, or load its state_dict into one that is"
         )
     if not canonical_parameters(model):
         raise ValueError(f"{type(model).__name__} has no floating-point parameters to score")

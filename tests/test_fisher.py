@@ -1,0 +1,562 @@
+"""Both engines against an independent reference: one example at a time, in float64, with ordinary losses."""
+
+import copy
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BatchEncoding
+
+from fishmask import FishError, fisher
+from fishmask.fisher import scores
+from fishmask.params import canonical_parameters
+from tests.cases import CASES, Case, case
+
+SHIFTED = ("gpt2", "llama", "mixtral")
+by_name = pytest.mark.parametrize("c", CASES, ids=str)
+
+
+# -- the reference ----------------------------------------------------------------------------------------------------
+
+
+def reference_model(c: Case) -> nn.Module:
+    model = c.make().double()
+    if c.name == "mixtral":
+        model.config._experts_implementation = "eager"  # its default kernel has no float64
+    return model
+
+
+def one(batch, n: int):
+    """Example n of a batch, in float64."""
+
+    def cut(t: Tensor) -> Tensor:
+        t = t[n : n + 1]
+        return t.double() if t.is_floating_point() else t
+
+    return {k: cut(v) for k, v in batch.items()} if isinstance(batch, dict) else tuple(cut(t) for t in batch)
+
+
+def logits_and_labels(c: Case, model: nn.Module, example) -> tuple[Tensor, Tensor]:
+    """Rows of logits [M, C] and their labels [M], positions that predict nothing left out."""
+    if isinstance(example, tuple):
+        z, y = model(example[0]), example[1]
+    else:
+        y = example["labels"]
+        inputs = {k: v for k, v in example.items() if k != "labels"}
+        if c.name == "t5":
+            inputs["decoder_input_ids"] = torch.cat([torch.zeros_like(y[:, :1]), y[:, :-1]], 1)
+        z = model(**inputs).logits
+    if c.name in SHIFTED:
+        z, y = z[:, :-1], y[:, 1:]
+    if y.is_floating_point():
+        return z, y
+    z, y = z.reshape(-1, z.shape[-1]), y.reshape(-1)
+    return z[y != -100], y[y != -100]
+
+
+def gradients(output: Tensor, parameters: dict) -> dict[str, Tensor]:
+    found = torch.autograd.grad(output, list(parameters.values()), retain_graph=True, allow_unused=True)
+    return {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(parameters.items(), found, strict=True)}
+
+
+def reference(c: Case, batch, count: int, labels: str) -> dict[str, Tensor]:
+    model = reference_model(c)
+    parameters = canonical_parameters(model)
+    total = {k: torch.zeros_like(p) for k, p in parameters.items()}
+
+    def add(loss: Tensor, weight: float = 1.0) -> None:
+        for k, g in gradients(loss, parameters).items():
+            total[k] += weight * g.square()
+
+    for n in range(count):
+        z, y = logits_and_labels(c, model, one(batch, n))
+        if labels == "given":
+            add(0.5 * (z - y).square().sum() if y.is_floating_point() else F.cross_entropy(z, y, reduction="sum"))
+        elif y.is_floating_point():
+            for d in range(z.shape[1]):
+                add(z[0, d])
+        else:  # the paper's form, sum over classes of p_c g_c²; positions are independent given the inputs
+            log_p = z.log_softmax(-1)
+            for m in range(len(z)):
+                for k in range(z.shape[1]):
+                    add(log_p[m, k], log_p[m, k].exp().item())
+    return total
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance=1e-5, floor=1e-4) -> None:
+    assert ours.keys() == theirs.keys()
+    size = sum(t.double().square().sum() for t in theirs.values()).sqrt()
+    assert size > 0
+    wrong = {k: (ours[k].double() - theirs[k].double()).norm() for k in theirs}
+    assert sum(w**2 for w in wrong.values()) ** 0.5 < tolerance * size
+    for k, w in wrong.items():
+        assert ours[k].dtype == torch.float32
+        # A tensor that is nothing but rounding of a sum that cancels (a key's bias) has no relative error.
+        assert w < tolerance * (theirs[k].double().norm() + floor * size), f"{k}: off by {w:.3g}"
+
+
+@contextmanager
+def falls_back(c: Case) -> Iterator[None]:
+    """Expect the one notice of the loop taking over, or no warning at all."""
+    if c.engine == "batched":
+        yield
+        return
+    with pytest.warns(UserWarning, match="one example at a time by the loop engine, because") as caught:
+        yield
+    assert len(caught) == 1
+
+
+# -- exactness --------------------------------------------------------------------------------------------------------
+
+
+@by_name
+def test_given_labels(c):
+    batch = c.batch(4, 1)
+    expected = reference(c, batch, 4, "given")
+    with falls_back(c):
+        assert_close(fisher(c.make(), [batch], examples=4), expected)
+    assert_close(fisher(c.make(), [batch], examples=4, engine="loop"), expected)
+
+
+SMALL = [c for c in CASES if c.name not in ("bert-masked-lm", "gpt2", "llama", "t5", "mixtral")]
+
+
+@pytest.mark.parametrize("c", SMALL, ids=str)
+def test_expected_labels(c):
+    batch = c.batch(3, 2)
+    expected = reference(c, batch, 3, "expected")
+    with falls_back(c):
+        assert_close(fisher(c.make(), [batch], examples=3, labels="expected"), expected)
+    assert_close(fisher(c.make(), [batch], examples=3, labels="expected", engine="loop"), expected)
+
+
+def test_expected_labels_of_a_language_model():
+    c = case("gpt2")
+    batch = {k: v[:, :3] for k, v in c.batch(2, 3).items()}
+    assert_close(fisher(c.make(), [batch], examples=2, labels="expected"), reference(c, batch, 2, "expected"))
+
+
+@by_name
+def test_sampled_labels_depend_on_neither_engine_nor_batch_size(c):
+    batch = c.batch(4, 4)
+    halves = [
+        {k: v[i : i + 2] for k, v in batch.items()} if isinstance(batch, dict) else tuple(t[i : i + 2] for t in batch)
+        for i in (0, 2)
+    ]
+    with falls_back(c):
+        whole = fisher(c.make(), [batch], examples=4, labels="sampled", seed=7)
+    with falls_back(c):
+        assert_close(fisher(c.make(), halves, examples=4, labels="sampled", seed=7), whole)
+    assert_close(fisher(c.make(), [batch], examples=4, labels="sampled", seed=7, engine="loop"), whole)
+    other = fisher(c.make(), [batch], examples=4, labels="sampled", seed=8, engine="loop")
+    assert any(not torch.equal(other[k], whole[k]) for k in whole)
+
+
+@pytest.mark.parametrize("name", ["mlp", "regression"])
+def test_sampled_labels_agree_with_their_expectation(name):
+    c, draws = case(name), 4000
+    x, y = c.batch(1, 5)
+    many = (x.expand(draws, -1), y.expand(draws, *y.shape[1:]))
+    sampled = fisher(c.make(), [many], examples=draws, labels="sampled")
+    assert_close({k: s / draws for k, s in sampled.items()}, reference(c, (x, y), 1, "expected"), tolerance=0.1)
+
+
+@pytest.mark.parametrize("name", ["bert-padded", "conv", "gpt2", "t5"])
+def test_exactly_the_asked_number_of_examples(name):
+    c = case(name)
+    whole = c.batch(9, 6)
+
+    def cut(start: int, stop: int):
+        return (
+            {k: v[start:stop] for k, v in whole.items()}
+            if isinstance(whole, dict)
+            else tuple(t[start:stop] for t in whole)
+        )
+
+    with falls_back(c):
+        in_threes = fisher(c.make(), [cut(0, 3), cut(3, 6), cut(6, 9)], examples=7)
+    assert_close(in_threes, reference(c, whole, 7, "given"))
+    with falls_back(c):
+        assert_close(fisher(c.make(), [cut(n, n + 1) for n in range(9)], examples=7), in_threes)
+
+
+def test_no_batch_is_taken_beyond_the_asked_number():
+    c = case("mlp")
+    batches = iter([c.batch(4, 0), c.batch(4, 1), c.batch(4, 2)])
+    fisher(c.make(), batches, examples=8)
+    assert len(list(batches)) == 1
+
+
+def test_rows_never_looked_up_score_zero_and_unreached_parameters_too():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = nn.Linear(5, 3), nn.Linear(2, 2)
+            self.used.bias.requires_grad_(False)
+
+        def forward(self, x):
+            return self.used(x)
+
+    for engine in ("batched", "loop"):
+        found = fisher(Unused(), [case("mlp").batch(4, 0)], examples=4, engine=engine)
+        assert found["used.bias"].count_nonzero() == 3  # frozen parameters are scored as well
+        assert found["spare.weight"].count_nonzero() == found["spare.bias"].count_nonzero() == 0
+        words = fisher(case("bert").make(), [case("bert").batch(4, 0)], examples=4, engine=engine)
+        assert words["bert.embeddings.word_embeddings.weight"][30:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("engine", ["batched", "loop"])
+def test_half_precision_weights(dtype, engine):
+    c = case("bert")
+    batch = c.batch(4, 1)
+    found = fisher(c.make().to(dtype), [batch], examples=4, engine=engine)
+    assert_close(found, reference(c, batch, 4, "given"), tolerance=0.25 if dtype == torch.bfloat16 else 0.05)
+
+
+# -- other losses and batches -----------------------------------------------------------------------------------------
+
+
+def test_own_loss():
+    c = case("bert-padded")
+    batch = c.batch(4, 1)
+
+    def loss(model, batch):
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        return F.cross_entropy(model(**inputs).logits, batch["labels"], reduction="none")
+
+    for engine in ("batched", "loop"):
+        found = fisher(c.make(), [batch], examples=4, loss=loss, engine=engine)
+        assert_close(found, reference(c, batch, 4, "given"))
+
+
+def test_hugging_face_batch_encoding_and_nested_inputs():
+    c = case("bert")
+    batch = c.batch(3, 1)
+    expected = fisher(c.make(), [batch], examples=2)
+    encoding = BatchEncoding(dict(batch))
+    assert_close(fisher(c.make(), [encoding], examples=2), expected)
+    assert encoding["input_ids"].shape[0] == 3  # the caller's batch is left alone
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = c.make()
+
+        def forward(self, input_ids):
+            return self.inner(input_ids=input_ids).logits
+
+    for inputs in ({"input_ids": batch["input_ids"]}, (batch["input_ids"],), [batch["input_ids"]]):
+        found = fisher(Logits(), [(inputs, batch["labels"])], examples=2)
+        assert_close({k.removeprefix("inner."): s for k, s in found.items()}, expected)
+
+
+def test_a_loss_that_mixes_examples_is_refused():
+    c = case("mlp")
+
+    def contrastive(model, batch):
+        z = model(batch[0])
+        return F.cross_entropy(z @ z.T, torch.arange(len(z)), reduction="none")
+
+    for engine in ("auto", "batched", "loop"):
+        with pytest.raises(FishError, match="mixes the examples"):
+            fisher(c.make(), [c.batch(4, 0)], examples=4, loss=contrastive, engine=engine)
+
+
+def test_mixing_is_found_after_a_first_batch_of_one():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.linear(x) - x.mean()
+
+    class Mixed(Centred):
+        def forward(self, x):
+            z = self.linear(x)
+            return z * (1 + z.mean(0))
+
+    c = case("mlp")
+    for engine in ("auto", "loop"):
+        with pytest.raises(FishError, match="mixes the examples"):
+            fisher(Mixed(), [c.batch(1, 0), c.batch(3, 1)], examples=4, engine=engine)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda model, batch: model(batch[0]).sum(), r"shape \[2\], got \[\]; use reduction='none'"),
+        (lambda model, batch: model(batch[0]), r"shape \[2\], got \[2, 3\]"),
+    ],
+)
+def test_an_own_loss_of_wrong_shape_is_refused(loss, message):
+    c = case("mlp")
+    with pytest.raises(ValueError, match=message):
+        fisher(c.make(), [c.batch(4, 0)], examples=4, loss=loss)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+class HandMade(nn.Module):
+    """Linear layers around something to test."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.last, self.between = nn.Linear(5, 8), nn.Linear(8, 3), between
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x)))
+
+
+class Dropping(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.3, training=True)
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+@pytest.mark.parametrize("engine", ["auto", "batched", "loop"])
+@pytest.mark.parametrize(
+    ("between", "message"),
+    [
+        (Dropping(), r"dropout is active in module 'between' \(Dropping\)"),
+        (nn.BatchNorm1d(8, track_running_stats=False), r"BatchNorm in module 'between' \(BatchNorm1d\)"),
+        (Noisy(), "or is random"),
+    ],
+)
+def test_random_and_batch_dependent_models_are_refused(between, message, engine):
+    with pytest.raises(FishError, match=message):
+        fisher(HandMade(between), [case("mlp").batch(4, 0)], examples=4, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+def test_scores_that_are_not_finite_are_refused_by_name(engine):
+    x, y = case("regression").batch(4, 0)
+    y[3] = 1e30
+    with pytest.raises(FishError, match=r"must be finite, but those of 0\.weight, 0\.bias, 2\.weight, 2\.bias are not"):
+        fisher(case("regression").make(), [(x, y)], examples=4, engine=engine)
+
+
+def test_a_model_without_a_gradient_is_refused():
+    class Detached(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    with pytest.raises(FishError, match="depends on no parameter"):
+        fisher(Detached(5, 3), [case("mlp").batch(4, 0)], examples=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"labels": "true"}, ValueError, "labels must be one of given, expected, sampled"),
+        ({"engine": "fast"}, ValueError, "engine must be one of auto, batched, loop"),
+        ({"examples": 0}, ValueError, "examples must be a positive integer, got 0"),
+        ({"examples": 2.0}, ValueError, "examples must be a positive integer"),
+        ({"seed": -1}, ValueError, "seed must be an integer"),
+        ({"loss": 3}, TypeError, "loss must be a function"),
+        ({"loss": lambda m, b: m, "labels": "sampled"}, ValueError, "a loss of your own"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_any_work(options, error, message):
+    def batches():
+        raise AssertionError("no batch may be taken")
+        yield
+
+    with pytest.raises(error, match=message):
+        fisher(case("mlp").make(), batches(), **options)
+
+
+def test_wrong_models_and_batches_are_refused():
+    c = case("mlp")
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        fisher(lambda x: x, [c.batch(4, 0)])
+    with pytest.raises(ValueError, match="no floating-point parameters"):
+        fisher(nn.ReLU(), [c.batch(4, 0)])
+    with pytest.raises(TypeError, match=r"wrap one batch: \[batch\]"):
+        fisher(case("bert").make(), case("bert").batch(4, 0))
+    with pytest.raises(ValueError, match="no examples"):
+        fisher(c.make(), [])
+    with pytest.raises(ValueError, match="first dimension is the examples"):
+        fisher(c.make(), [{"name": "x"}])
+    with pytest.raises(ValueError, match="one row per example"):  # positions first: cut along the wrong dimension
+        x = torch.randn(4, 4, 8)
+        fisher(nn.Linear(8, 3), [((x,), torch.randint(3, (5,)))], examples=2)
+
+
+def test_too_few_examples_warn():
+    c = case("mlp")
+    with pytest.warns(UserWarning, match="only 4 examples were scored"):
+        found = fisher(c.make(), [c.batch(4, 1)], examples=5)
+    assert_close(found, reference(c, c.batch(4, 1), 4, "given"))
+
+
+# -- what is left behind ----------------------------------------------------------------------------------------------
+
+
+def snapshot(model: nn.Module):
+    return (
+        [m.training for m in model.modules()],
+        [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()],
+        {k: v.clone() for k, v in model.state_dict().items()},
+        [id(b) for b in model.buffers()],
+    )
+
+
+def assert_same_state(a, b) -> None:
+    assert a[0] == b[0] and a[3] == b[3]
+    for (flag_a, grad_a), (flag_b, grad_b) in zip(a[1], b[1], strict=True):
+        assert flag_a == flag_b and (grad_a is None) == (grad_b is None)
+        assert grad_a is None or torch.equal(grad_a, grad_b)
+    assert all(torch.equal(a[2][k], b[2][k]) for k in a[2])
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("name", ["conv", "bert", "t5"])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.filterwarnings("ignore:.*one example at a time")
+def test_the_model_is_left_as_it_was_found(name, engine, fails):
+    c = case(name)
+    model = c.make().train()
+    parameters = list(model.parameters())
+    parameters[0].requires_grad_(False)
+    parameters[1].grad = torch.ones_like(parameters[1])
+    model.register_buffer("calls", torch.zeros(()))
+    model.register_forward_hook(lambda module, inputs, output: module.calls.add_(1) and None)
+    before = snapshot(model)
+
+    def batches():
+        yield c.batch(3, 0)
+        if fails:
+            raise KeyError("the data ends badly")
+
+    with pytest.raises(KeyError, match="ends badly") if fails else warnings.catch_warnings():
+        fisher(model, batches(), examples=3 if not fails else 6, engine=engine)
+    assert_same_state(before, snapshot(model))
+
+
+def test_it_works_within_no_grad_and_inference_mode():
+    c = case("conv")
+    model, batch = c.make(), c.batch(3, 1)
+    expected = reference(c, batch, 3, "given")
+    with torch.no_grad():
+        assert_close(fisher(model, [batch], examples=3), expected)
+    with torch.inference_mode():
+        assert_close(fisher(model, [c.batch(3, 1)], examples=3), expected)
+
+
+def test_a_model_made_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        model = case("conv").make()
+    with pytest.raises(FishError, match=r"was made under torch\.inference_mode"):
+        fisher(model, [case("conv").batch(3, 1)], examples=3)
+
+
+def test_the_random_state_is_left_alone():
+    state = torch.get_rng_state()
+    for labels in ("given", "sampled"):
+        fisher(case("bert").make(), [case("bert").batch(3, 0)], examples=3, labels=labels)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "conv", "vit"])
+def test_nothing_of_a_batch_outlives_it(name):
+    """A rule that held an output, whose hook holds the rule, would keep every batch's graph for ever."""
+    c = case(name)
+    model, seen = c.make(), []
+    for module in model.modules():
+        module.register_forward_hook(lambda m, i, o: seen.append(weakref.ref(o)) if isinstance(o, Tensor) else None)
+    fisher(model, [c.batch(3, 0)], examples=3, engine="batched")
+    assert len(seen) > 5
+    assert not any(ref() is not None for ref in seen)
+
+
+def test_another_models_gradients_are_left_alone():
+    """A teacher inside the loss is no part of the model."""
+    c = case("mlp")
+    teacher, batch = c.make(), c.batch(4, 0)
+
+    def distil(model, batch):
+        return F.mse_loss(model(batch[0]), teacher(batch[0]) + 1, reduction="none").sum(1)
+
+    for engine in ("batched", "loop"):
+        fisher(c.make(), [batch], examples=4, loss=distil, engine=engine)
+        assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_progress_goes_to_stderr(capfd):
+    c = case("mlp")
+    quiet = fisher(c.make(), [c.batch(4, 0)], examples=4)
+    assert capfd.readouterr() == ("", "")
+    shown = fisher(c.make(), [c.batch(4, 0)], examples=4, progress=True)
+    out, err = capfd.readouterr()
+    assert out == "" and "4/4" in err
+    assert all(torch.equal(shown[k], quiet[k]) for k in quiet)
+
+
+def test_the_same_call_gives_the_same_bits():
+    c = case("bert-padded")
+    first, second = (fisher(c.make(), [c.batch(5, 0)], examples=5) for _ in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+# -- the other scores -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("name", ["conv", "bert-padded", "gpt2"])
+def test_gradient_and_snip(name, engine):
+    c = case(name)
+    batch = c.batch(4, 1)
+    model = reference_model(c)
+    parameters = canonical_parameters(model)
+    loss = 0.0
+    for n in range(3):
+        loss = loss + F.cross_entropy(*logits_and_labels(c, model, one(batch, n)), reduction="sum")
+    sums = gradients(loss, parameters)
+    options = {"examples": 3, "engine": engine}
+    found = scores(c.make(), [batch], method="gradient", **options)
+    assert_close(found, {k: g.abs() for k, g in sums.items()}, floor=1e-2)
+    snip = {k: (g * parameters[k]).abs().detach() for k, g in sums.items()}
+    assert_close(scores(c.make(), [batch], method="snip", **options), snip, floor=1e-2)
+
+
+def test_fisher_by_method_is_fisher():
+    c = case("mlp")
+    a = scores(c.make(), [c.batch(4, 0)], examples=3, labels="sampled", seed=3)
+    b = fisher(c.make(), [c.batch(4, 0)], examples=3, labels="sampled", seed=3)
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_magnitude_and_random_need_no_batches():
+    model = case("bert").make()
+    before = copy.deepcopy(model.state_dict())
+    magnitude = scores(model, method="magnitude")
+    parameters = canonical_parameters(model)
+    assert all(torch.equal(magnitude[k], p.detach().abs()) for k, p in parameters.items())
+    a, b, c = (scores(model, method="random", seed=seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a[k], b[k]) and a[k].dtype == torch.float32 for k in a)
+    assert not any(torch.equal(a[k], c[k]) for k in a)
+    values = torch.cat([s.flatten() for s in a.values()])
+    assert values.min() >= 0 and values.max() < 1 and abs(values.mean() - 0.5) < 0.05
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_wrong_methods_are_refused():
+    c = case("mlp")
+    with pytest.raises(ValueError, match="method must be one of fisher, gradient, snip, magnitude, random"):
+        scores(c.make(), [c.batch(4, 0)], method="best")
+    with pytest.raises(ValueError, match="needs batches"):
+        scores(c.make(), method="gradient")
+    with pytest.raises(ValueError, match="makes every score of method='snip' zero"):
+        scores(c.make(), [c.batch(4, 0)], method="snip", labels="expected")
