@@ -34,7 +34,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    traceback: Annotated[bool, typer.Option(help="Print the Python traceback of an error too.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Print the Python traceback of an error too.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from fishmask.cli_mask import Json
-from fishmask.console import note, report
+from fishmask.console import note, report, working
 
 DeltaFile = Annotated[Path, typer.Argument(help="A delta file, or the folder of a training run.")]
 Base = Annotated[str, typer.Argument(help="The base model: a local folder, or a name on the Hugging Face hub.")]
@@ -36,7 +36,8 @@ def verify(
     """
     path, loaded = _load(delta)
     if base is not None:
-        loaded.apply(_model(base, path))
+        with working("loading the base"):
+            loaded.apply(_model(base, path))
     report({"file": path, "intact": True, "base": base, "fits_base": base and True}, json, "Verified")
 
 
@@ -52,13 +53,13 @@ def apply(
 
     Example: fishmask delta apply bert-base-uncased run -o model
     """
-    from fishmask.hub import save_tokenizer
+    from fishmask.hub import save_model
 
     path, loaded = _load(delta)
-    model = _model(base, path)
-    loaded.apply(model, check_base=not any_base)
-    model.save_pretrained(output)
-    save_tokenizer(base, output)
+    with working("applying"):
+        model = _model(base, path)
+        loaded.apply(model, check_base=not any_base)
+        save_model(model, output, tokenizer_of=base)
     report({"model": output, "entries": loaded.k, "base": base}, json, "Applied")
 
 
@@ -77,8 +78,9 @@ def between(
     from fishmask.hub import load_like
     from fishmask.run import DELTA_FILE
 
-    after = load_like(tuned)
-    delta = Delta.between(load_like(base, tuned), after, base_name=base)
+    with working("comparing"):
+        after = load_like(tuned)
+        delta = Delta.between(load_like(base, tuned), after, base_name=base)
     output.mkdir(parents=True, exist_ok=True)
     after.config.save_pretrained(output)
     delta.save(output / DELTA_FILE)

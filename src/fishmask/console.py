@@ -4,7 +4,7 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
@@ -16,6 +16,7 @@ from rich.table import Table
 from fishmask.errors import FishError
 
 UNMET, USAGE = 1, 2
+ORDER = ("demo", "score", "mask", "train", "predict", "delta", "plot")
 
 
 class Group(typer.core.TyperGroup):
@@ -24,6 +25,10 @@ class Group(typer.core.TyperGroup):
     1: the command was understood but cannot be done (a damaged file, other weights, no such file).
     2: the command was not understood (an unknown option, a column that the table does not have).
     """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """List the commands in the order in which a user needs them."""
+        return sorted(super().list_commands(ctx), key=ORDER.index)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -75,6 +80,14 @@ def bars() -> Iterator[Bars]:
         yield Bars(progress)
 
 
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """Show on a terminal that something of unknown length goes on."""
+    console = Console(stderr=True)
+    with console.status(text) if console.is_terminal else nullcontext():
+        yield
+
+
 def note(text: str) -> None:
     """Say something on stderr that is no result."""
     Console(stderr=True, soft_wrap=True).print(text, style="dim", highlight=False)
@@ -103,7 +116,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     """Print a table; all columns but the first are right-aligned."""
     table = Table(title=title, title_justify="left", caption=caption or None, caption_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(text_of(value)) for value in row))
     Console().print(table)
@@ -111,6 +124,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 def text_of(value: Any) -> str:
     """Write a value for a person: thousands separated, four digits of a fraction, lists joined."""
+    if value is None:
+        return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

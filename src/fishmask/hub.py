@@ -1,5 +1,6 @@
 """Sequence-classification models and tokenizers from transformers, loaded the same way everywhere."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ def load_like(base: str, folder: str | Path | None = None) -> Any:
         kind = (config.architectures or ["AutoModelForSequenceClassification"])[0]
         model_class = getattr(transformers, kind)
         with _one_error(base):
+            transformers.AutoConfig.from_pretrained(base)  # the quickest way to learn that there is no such model
             model = model_class.from_pretrained(base, config=config, ignore_mismatched_sizes=True)
     return model.eval()
 
@@ -91,11 +93,14 @@ def load_tokenizer(name: str) -> Any:
         return _tokenizer(transformers, name)
 
 
-def save_tokenizer(name: str, folder: Path) -> None:
-    """Copy the tokenizer of a model into a folder; a model without one is left without."""
+def save_model(model: Any, folder: Path, tokenizer_of: str | None = None) -> None:
+    """Write a model folder; with the tokenizer of another model, when it has one."""
     transformers = _transformers()
-    with _quiet(transformers), suppress(FishError), _one_error(name):
-        transformers.AutoTokenizer.from_pretrained(name).save_pretrained(folder)
+    with _quiet(transformers):
+        model.save_pretrained(folder)
+        if tokenizer_of is not None:
+            with suppress(FishError), _one_error(tokenizer_of):
+                transformers.AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
 
 
 def _tokenizer(transformers: Any, name: str) -> Any:
@@ -126,17 +131,19 @@ def _transformers() -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence transformers' own report on a load: a new head is expected here, and the errors still come."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Silence the reports of transformers and the hub on a load: a new head is expected here; errors still come."""
+    settings, hub = transformers.utils.logging, logging.getLogger("huggingface_hub")
+    level, hub_level, bars = settings.get_verbosity(), hub.level, settings.is_progress_bar_enabled()
+    settings.set_verbosity_error()
+    settings.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        settings.set_verbosity(level)
+        hub.setLevel(hub_level)
         if bars:
-            logging.enable_progress_bar()
+            settings.enable_progress_bar()
 
 
 @contextmanager

@@ -146,7 +146,7 @@ def _draw_bars(axes: Any, rows: list[str], chosen: Any, k: int) -> None:
     axes.set_xlim(0, max(shares, default=1) * 1.3 or 1)
     axes.set_title("share of the mask", fontsize=10)
     axes.set_xticks([])
-    axes.tick_params(length=0, labelleft=False)
+    axes.tick_params(which="both", length=0, labelleft=False)
     axes.spines[:].set_visible(False)
 
 

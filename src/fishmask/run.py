@@ -16,7 +16,7 @@ from torch import Tensor
 from fishmask.data import Encoded, Examples, Task, encode, read_examples
 from fishmask.delta import Delta
 from fishmask.errors import FishError
-from fishmask.hub import load_for_training, load_like, load_tokenizer
+from fishmask.hub import load_for_training, load_like, load_tokenizer, save_model
 from fishmask.mask import Mask
 from fishmask.measure import quality
 from fishmask.train import Outcome, Progress, Recipe, fit, predict
@@ -53,7 +53,9 @@ def train_table(
     """
     examples = read_examples(data, **columns)
     checks = _checks(validation, columns, examples)
+    progress("loading", 0, 1)
     loaded = load_for_training(model, examples.classes, seed=recipe.seed)
+    progress("loading", 1, 1)
     encoded = encode(examples, loaded.tokenizer, recipe.max_length)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.jsonl").open("w", encoding="utf-8") as log:
@@ -85,13 +87,16 @@ def write_run(folder: Path, model: Any, outcome: Outcome, run: Mapping[str, Any]
     """Write the trained numbers, the configuration and ``run.json``; return the file of the numbers."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
+    file, other = folder / DELTA_FILE, folder / MODEL_FILE
     if outcome.tuning is None:
-        model.save_pretrained(folder)
+        file, other = other, file
+        save_model(model, folder)
     else:
         model.config.save_pretrained(folder)
-        outcome.tuning.delta().save(folder / DELTA_FILE)
+        outcome.tuning.delta().save(file)
+    other.unlink(missing_ok=True)  # what an earlier run by another method left in the same folder
     _write_json(folder / "run.json", run)
-    return folder / (MODEL_FILE if outcome.tuning is None else DELTA_FILE)
+    return file
 
 
 def _metrics(outcome: Outcome, file: Path) -> dict[str, Any]:
@@ -135,7 +140,9 @@ def predict_table(
     """
     run = read_run(folder)
     base = base or run["base"]
+    progress("loading", 0, 1)
     model = load_run(folder, base)
+    progress("loading", 1, 1)
     regression = model.config.problem_type == "regression"
     classes = () if regression else tuple(model.config.id2label[i] for i in range(model.config.num_labels))
     task: Task = "regression" if regression else "classification"
