@@ -202,7 +202,7 @@ class Tuning:
         for handle in self._handles:
             handle.remove()
         for name, p in canonical_parameters(self.model).items():
-            p.requires_grad_(self._required_grad[name])
+            p.requires_grad_(self._required_grad.get(name, p.requires_grad))
         retire(self.parameters())
         self._attached = False
         _LIVE.discard(self)
