@@ -201,6 +201,38 @@ def test_impossible_tensors_are_refused(file: tuple[Path, bytes], change: dict[s
     refused(path, rebuilt(data, header))
 
 
+def test_offsets_are_not_counted_from_the_end(file: tuple[Path, bytes]) -> None:
+    path, data = file
+    header = header_of(data)
+    total = len(data) - 8 - struct.unpack_from("<Q", data)[0]
+    first = next(t for name, t in header.items() if name != "__metadata__" and t["data_offsets"][0] == 0)
+    first["data_offsets"] = [offset - total for offset in first["data_offsets"]]
+    refused(path, rebuilt(data, header))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"names": [1, 2, 3, 4, 5, 6]},
+        {"names": ["a.weight"]},
+        {"shapes": [[1]] * 6},
+        {"shapes": None},
+        {"fingerprints": "abc"},
+        {"fingerprints": "-" * 36},
+        {"k": 3},
+        {"planes": [[1]]},
+        {"dtypes": ["F32"] * 6},
+    ],
+    ids=str,
+)
+def test_impossible_descriptions_are_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    path = tmp_path / "coded"
+    small_delta().save(path)
+    content = container.read(path, "delta")
+    container.write(path, "delta", content._replace(description=content.description | change))
+    assert "faulty program" in refused(path)
+
+
 def test_a_frame_that_promises_too_much_is_refused_unopened(tmp_path: Path) -> None:
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 24))
     packed = container.bytes_tensor(bomb)
@@ -357,6 +389,21 @@ def test_places_beyond_the_end_are_refused() -> None:
     planes = [zstandard.compress(bytes([255] * 2))] * 8  # two gaps of 2^64 - 1: their sum runs over
     with pytest.raises(ValueError, match="out of range"):
         container.decode_indices(container.bytes_tensor(b"".join(planes)), [*map(len, planes)], 2, {"w": 99})
+
+
+def test_places_that_run_backwards_are_refused() -> None:
+    gaps = np.array([5, -3], dtype="<i8").view(np.uint8).reshape(2, 8)
+    planes = [zstandard.compress(gaps[:, j].tobytes()) for j in range(8)]
+    with pytest.raises(ValueError, match="out of range"):
+        container.decode_indices(container.bytes_tensor(b"".join(planes)), [*map(len, planes)], 2, {"w": 99})
+
+
+def test_planes_are_single_frames_with_a_checksum() -> None:
+    packed, (length,) = container.encode_indices({"w": torch.tensor([5, 9])}, {"w": 100})
+    data = packed.numpy().tobytes()
+    assert zstandard.get_frame_parameters(data).has_checksum
+    with pytest.raises(ValueError):
+        container.decode_indices(container.bytes_tensor(data + b"more"), [length + 4], 2, {"w": 100})
 
 
 def test_raw_indices_are_wide_only_where_needed() -> None:

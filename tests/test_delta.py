@@ -471,6 +471,17 @@ def test_weights_changed_by_others_are_not_reverted(how: str) -> None:
     assert bits(base) == before
 
 
+def test_a_change_of_dtype_is_seen_though_the_bits_agree() -> None:
+    base = mlp(torch.bfloat16)
+    tuned = copy.deepcopy(base)
+    nn.init.zeros_(tuned[0].weight)
+    delta = Delta.between(base, tuned)
+    delta.apply(base)
+    base.half()
+    with pytest.raises(FishError, match=r"changed after the delta was applied: 0\.weight;"):
+        delta.revert(base)
+
+
 def test_changes_at_other_entries_survive_a_revert() -> None:
     base = mlp()
     delta = Delta.between(base, changed(base, names=["0.weight"]))

@@ -155,7 +155,8 @@ def _parse(path: str | os.PathLike[str], data: bytes, kind: str) -> Content:
     tensors = {name: _tensor(body, entry) for name, entry in head.items()}
     packed = tensors.pop("parameters").numpy().tobytes()
     description = json.loads(_decompress(packed, _LARGEST_DESCRIPTION))
-    return Content(dict(metadata), description, tensors)
+    own = ("digest", "format", "version", "kind")
+    return Content({key: text for key, text in metadata.items() if key not in own}, description, tensors)
 
 
 def _tensor(body: memoryview, entry: Mapping[str, Any]) -> Tensor:

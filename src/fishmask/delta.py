@@ -274,7 +274,7 @@ class Delta:
         if differing:
             # A delta may be made on a model with others applied, or on the base below them.
             below = ((name, applied.restored(model, target, targets[target])) for name, target in here.items())
-            differing = min(differing, self._differing(below), key=len)
+            differing = self._differing(below)
         if differing and len(differing) == len(here):
             problems.append("other weights in every parameter: another base, or the same in another dtype")
         elif differing:
