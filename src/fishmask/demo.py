@@ -32,9 +32,9 @@ RECIPES: dict[Method, Recipe] = {
     "full": replace(_WORDS, method="full", learning_rate=1e-4),
     # The pooler of MiniLM was never trained and draws most of a Fisher mask; scoring a head that has learnt a little
     # and leaving the pooler out serves better.
-    "fish": replace(_WORDS, method="fish", learning_rate=1e-3, warm_up_head=50, exclude=("pooler",)),
-    "random": replace(_WORDS, method="random", learning_rate=1e-3),
-    "biases": replace(_WORDS, method="biases", learning_rate=1e-3),
+    "fish": replace(_WORDS, method="fish", learning_rate=3e-3, warm_up_head=50, exclude=("pooler",)),
+    "random": replace(_WORDS, method="random", learning_rate=1e-2),
+    "biases": replace(_WORDS, method="biases", learning_rate=3e-3),
 }
 TITLES = {"full": "everything", "fish": "FISH mask", "random": "random mask", "biases": "biases only"}
 _PREDICTIONS = "predictions.safetensors"

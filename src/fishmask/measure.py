@@ -82,11 +82,12 @@ def environment() -> dict[str, Any]:
     cpu = Path("/proc/cpuinfo")
     names = [line for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "versions": {name: version(name) for name in ("torch", "transformers") if find_spec(name)},
-        "hardware": names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine(),
+        "processor": names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "fishmask") if find_spec(name)},
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
 
