@@ -1,12 +1,15 @@
 import io
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import fishmask
 from fishmask.data import Examples, encode, rated_words, read_examples
 from fishmask.demo import RECIPES, model_folder
 from fishmask.errors import FishError
@@ -220,6 +223,18 @@ def test_the_peak_of_memory_rises_with_what_is_allocated():
     block = torch.ones(8 * before // 4 // 8 + 10_000_000)
     assert peak_memory_bytes() > before + 30_000_000
     del block
+
+
+def test_the_quick_start_does_what_it_says(folder, examples, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "quickstart.md").read_text()
+    first, later = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    loaded, data = start(folder, examples)
+    fresh = load_for_training(folder, examples.classes, seed=9).model
+    scope = {"model": loaded.model, "batches": list(data.sample(48, 8, seed=0)) * 22}
+    exec(first.replace("0.005", "0.1"), scope)
+    exec(later, {"fishmask": fishmask, "model": fresh})
+    assert Mask.between(fresh, loaded.model).k == 0
 
 
 @pytest.mark.slow
