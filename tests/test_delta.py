@@ -525,6 +525,14 @@ def test_the_memory_of_a_delta_goes_with_the_model() -> None:
     assert ref() is None
 
 
+def test_buffers_outside_the_state_dict_are_not_part_of_a_delta() -> None:
+    base = mlp()
+    base.register_buffer("cache", torch.zeros(2), persistent=False)
+    tuned = changed(base)
+    tuned.cache += 1
+    assert Delta.between(base, tuned).buffers == {}
+
+
 def test_buffers_of_other_models_are_refused() -> None:
     a, b = case("conv").make(), case("conv").make()
     b.norm.register_buffer("extra", torch.ones(2))
