@@ -103,7 +103,7 @@ def main() -> None:
             masks = {
                 "random": Mask.random(model, density, seed=0),
                 "Fisher": Mask.from_scores(scores, density),
-                "Fisher, pooler excluded": Mask.from_scores(scores, density, exclude="pooler"),
+                "Fisher, no pooler": Mask.from_scores(scores, density, exclude="pooler"),
             }
             for (name, mask), dtype in ((item, dtype) for item in masks.items() for dtype in DTYPES):
                 short = str(dtype).removeprefix("torch.")
