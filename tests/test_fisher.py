@@ -1,114 +1,20 @@
-"""Both engines against an independent reference: one example at a time, in float64, with ordinary losses."""
+"""Both engines against an independent reference, the arguments, and the other scores."""
 
 import copy
-import warnings
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from transformers import BatchEncoding
 
 from fishmask import FishError, fisher
 from fishmask.fisher import scores
 from fishmask.params import canonical_parameters
-from tests.cases import CASES, Case, case
+from tests.cases import CASES, case
+from tests.reference import assert_close, falls_back, gradients, logits_and_labels, one, reference, reference_model
 
-SHIFTED = ("gpt2", "llama", "mixtral")
 by_name = pytest.mark.parametrize("c", CASES, ids=str)
-
-
-# -- the reference ----------------------------------------------------------------------------------------------------
-
-
-def reference_model(c: Case) -> nn.Module:
-    model = c.make().double()
-    if c.name == "mixtral":
-        model.config._experts_implementation = "eager"  # its default kernel has no float64
-    return model
-
-
-def one(batch, n: int):
-    """Example n of a batch, in float64."""
-
-    def cut(t: Tensor) -> Tensor:
-        t = t[n : n + 1]
-        return t.double() if t.is_floating_point() else t
-
-    return {k: cut(v) for k, v in batch.items()} if isinstance(batch, dict) else tuple(cut(t) for t in batch)
-
-
-def logits_and_labels(c: Case, model: nn.Module, example) -> tuple[Tensor, Tensor]:
-    """Rows of logits [M, C] and their labels [M], positions that predict nothing left out."""
-    if isinstance(example, tuple):
-        z, y = model(example[0]), example[1]
-    else:
-        y = example["labels"]
-        inputs = {k: v for k, v in example.items() if k != "labels"}
-        if c.name == "t5":
-            inputs["decoder_input_ids"] = torch.cat([torch.zeros_like(y[:, :1]), y[:, :-1]], 1)
-        z = model(**inputs).logits
-    if c.name in SHIFTED:
-        z, y = z[:, :-1], y[:, 1:]
-    if y.is_floating_point():
-        return z, y
-    z, y = z.reshape(-1, z.shape[-1]), y.reshape(-1)
-    return z[y != -100], y[y != -100]
-
-
-def gradients(output: Tensor, parameters: dict) -> dict[str, Tensor]:
-    found = torch.autograd.grad(output, list(parameters.values()), retain_graph=True, allow_unused=True)
-    return {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(parameters.items(), found, strict=True)}
-
-
-def reference(c: Case, batch, count: int, labels: str) -> dict[str, Tensor]:
-    model = reference_model(c)
-    parameters = canonical_parameters(model)
-    total = {k: torch.zeros_like(p) for k, p in parameters.items()}
-
-    def add(loss: Tensor, weight: float = 1.0) -> None:
-        for k, g in gradients(loss, parameters).items():
-            total[k] += weight * g.square()
-
-    for n in range(count):
-        z, y = logits_and_labels(c, model, one(batch, n))
-        if labels == "given":
-            add(0.5 * (z - y).square().sum() if y.is_floating_point() else F.cross_entropy(z, y, reduction="sum"))
-        elif y.is_floating_point():
-            for d in range(z.shape[1]):
-                add(z[0, d])
-        else:  # the paper's form, sum over classes of p_c g_c²; positions are independent given the inputs
-            log_p = z.log_softmax(-1)
-            for m in range(len(z)):
-                for k in range(z.shape[1]):
-                    add(log_p[m, k], log_p[m, k].exp().item())
-    return total
-
-
-def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance=1e-5, floor=1e-4) -> None:
-    assert ours.keys() == theirs.keys()
-    size = sum(t.double().square().sum() for t in theirs.values()).sqrt()
-    assert size > 0
-    wrong = {k: (ours[k].double() - theirs[k].double()).norm() for k in theirs}
-    assert sum(w**2 for w in wrong.values()) ** 0.5 < tolerance * size
-    for k, w in wrong.items():
-        assert ours[k].dtype == torch.float32
-        # A tensor that is nothing but rounding of a sum that cancels (a key's bias) has no relative error.
-        assert w < tolerance * (theirs[k].double().norm() + floor * size), f"{k}: off by {w:.3g}"
-
-
-@contextmanager
-def falls_back(c: Case) -> Iterator[None]:
-    """Expect the one notice of the loop taking over, or no warning at all."""
-    if c.engine == "batched":
-        yield
-        return
-    with pytest.warns(UserWarning, match="one example at a time by the loop engine, because") as caught:
-        yield
-    assert len(caught) == 1
 
 
 # -- exactness --------------------------------------------------------------------------------------------------------
@@ -256,38 +162,6 @@ def test_hugging_face_batch_encoding_and_nested_inputs():
         assert_close({k.removeprefix("inner."): s for k, s in found.items()}, expected)
 
 
-def test_a_loss_that_mixes_examples_is_refused():
-    c = case("mlp")
-
-    def contrastive(model, batch):
-        z = model(batch[0])
-        return F.cross_entropy(z @ z.T, torch.arange(len(z)), reduction="none")
-
-    for engine in ("auto", "batched", "loop"):
-        with pytest.raises(FishError, match="mixes the examples"):
-            fisher(c.make(), [c.batch(4, 0)], examples=4, loss=contrastive, engine=engine)
-
-
-def test_mixing_is_found_after_a_first_batch_of_one():
-    class Centred(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(5, 3)
-
-        def forward(self, x):
-            return self.linear(x) - x.mean()
-
-    class Mixed(Centred):
-        def forward(self, x):
-            z = self.linear(x)
-            return z * (1 + z.mean(0))
-
-    c = case("mlp")
-    for engine in ("auto", "loop"):
-        with pytest.raises(FishError, match="mixes the examples"):
-            fisher(Mixed(), [c.batch(1, 0), c.batch(3, 1)], examples=4, engine=engine)
-
-
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
@@ -302,41 +176,6 @@ def test_an_own_loss_of_wrong_shape_is_refused(loss, message):
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
-
-
-class HandMade(nn.Module):
-    """Linear layers around something to test."""
-
-    def __init__(self, between):
-        super().__init__()
-        self.first, self.last, self.between = nn.Linear(5, 8), nn.Linear(8, 3), between
-
-    def forward(self, x):
-        return self.last(self.between(self.first(x)))
-
-
-class Dropping(nn.Module):
-    def forward(self, x):
-        return F.dropout(x, 0.3, training=True)
-
-
-class Noisy(nn.Module):
-    def forward(self, x):
-        return x + torch.rand_like(x)
-
-
-@pytest.mark.parametrize("engine", ["auto", "batched", "loop"])
-@pytest.mark.parametrize(
-    ("between", "message"),
-    [
-        (Dropping(), r"dropout is active in module 'between' \(Dropping\)"),
-        (nn.BatchNorm1d(8, track_running_stats=False), r"BatchNorm in module 'between' \(BatchNorm1d\)"),
-        (Noisy(), "or is random"),
-    ],
-)
-def test_random_and_batch_dependent_models_are_refused(between, message, engine):
-    with pytest.raises(FishError, match=message):
-        fisher(HandMade(between), [case("mlp").batch(4, 0)], examples=4, engine=engine)
 
 
 @pytest.mark.parametrize("engine", ["auto", "loop"])
@@ -401,97 +240,7 @@ def test_too_few_examples_warn():
     assert_close(found, reference(c, c.batch(4, 1), 4, "given"))
 
 
-# -- what is left behind ----------------------------------------------------------------------------------------------
-
-
-def snapshot(model: nn.Module):
-    return (
-        [m.training for m in model.modules()],
-        [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()],
-        {k: v.clone() for k, v in model.state_dict().items()},
-        [id(b) for b in model.buffers()],
-    )
-
-
-def assert_same_state(a, b) -> None:
-    assert a[0] == b[0] and a[3] == b[3]
-    for (flag_a, grad_a), (flag_b, grad_b) in zip(a[1], b[1], strict=True):
-        assert flag_a == flag_b and (grad_a is None) == (grad_b is None)
-        assert grad_a is None or torch.equal(grad_a, grad_b)
-    assert all(torch.equal(a[2][k], b[2][k]) for k in a[2])
-
-
-@pytest.mark.parametrize("engine", ["auto", "loop"])
-@pytest.mark.parametrize("name", ["conv", "bert", "t5"])
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.filterwarnings("ignore:.*one example at a time")
-def test_the_model_is_left_as_it_was_found(name, engine, fails):
-    c = case(name)
-    model = c.make().train()
-    parameters = list(model.parameters())
-    parameters[0].requires_grad_(False)
-    parameters[1].grad = torch.ones_like(parameters[1])
-    model.register_buffer("calls", torch.zeros(()))
-    model.register_forward_hook(lambda module, inputs, output: module.calls.add_(1) and None)
-    before = snapshot(model)
-
-    def batches():
-        yield c.batch(3, 0)
-        if fails:
-            raise KeyError("the data ends badly")
-
-    with pytest.raises(KeyError, match="ends badly") if fails else warnings.catch_warnings():
-        fisher(model, batches(), examples=3 if not fails else 6, engine=engine)
-    assert_same_state(before, snapshot(model))
-
-
-def test_it_works_within_no_grad_and_inference_mode():
-    c = case("conv")
-    model, batch = c.make(), c.batch(3, 1)
-    expected = reference(c, batch, 3, "given")
-    with torch.no_grad():
-        assert_close(fisher(model, [batch], examples=3), expected)
-    with torch.inference_mode():
-        assert_close(fisher(model, [c.batch(3, 1)], examples=3), expected)
-
-
-def test_a_model_made_in_inference_mode_is_refused():
-    with torch.inference_mode():
-        model = case("conv").make()
-    with pytest.raises(FishError, match=r"was made under torch\.inference_mode"):
-        fisher(model, [case("conv").batch(3, 1)], examples=3)
-
-
-def test_the_random_state_is_left_alone():
-    state = torch.get_rng_state()
-    for labels in ("given", "sampled"):
-        fisher(case("bert").make(), [case("bert").batch(3, 0)], examples=3, labels=labels)
-    assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("name", ["bert", "llama", "conv", "vit"])
-def test_nothing_of_a_batch_outlives_it(name):
-    """A rule that held an output, whose hook holds the rule, would keep every batch's graph for ever."""
-    c = case(name)
-    model, seen = c.make(), []
-    for module in model.modules():
-        module.register_forward_hook(lambda m, i, o: seen.append(weakref.ref(o)) if isinstance(o, Tensor) else None)
-    fisher(model, [c.batch(3, 0)], examples=3, engine="batched")
-    assert len(seen) > 5
-    assert not any(ref() is not None for ref in seen)
-
-
-def test_another_models_gradients_are_left_alone():
-    """A teacher inside the loss is no part of the model."""
-    c = case("mlp")
-    teacher, batch = c.make(), c.batch(4, 0)
-
-    def distil(model, batch):
-        return F.mse_loss(model(batch[0]), teacher(batch[0]) + 1, reduction="none").sum(1)
-
-    for engine in ("batched", "loop"):
-        fisher(c.make(), [batch], examples=4, loss=distil, engine=engine)
-        assert all(p.grad is None for p in teacher.parameters())
+# -- the run ----------------------------------------------------------------------------------------------------------
 
 
 def test_progress_goes_to_stderr(capfd):

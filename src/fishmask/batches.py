@@ -29,17 +29,16 @@ def cut(batch: Batch, start: int, stop: int) -> Batch:
     count = size(batch)
 
     def one(value: Tensor) -> Tensor:
-        return value[start:stop] if value.dim() > 0 and value.shape[0] == count else value
+        return value[start:stop].clone() if value.dim() > 0 and value.shape[0] == count else value
 
     return batch if (start, stop) == (0, count) else _map(one, batch)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move every tensor to ``device`` and out of any autograd graph."""
+    """Move every tensor to ``device`` and out of any autograd graph; part of a larger tensor becomes its own."""
 
     def one(value: Tensor) -> Tensor:
-        value = value.clone() if value.is_inference() else value.detach()
-        return value.to(device)
+        return value.detach().to(device, copy=True)
 
     return _map(one, batch)
 

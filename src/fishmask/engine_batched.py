@@ -98,8 +98,8 @@ class Recording(Guard):
         if name.endswith("_") and not name.endswith("__"):
             self.refuse("it changes the parameter in place")
         result = func(*args, **kwargs)
-        if next(_tensors(result), None) is not None:
-            self.refuse("no rule is known for it")
+        if result is None or next(_tensors(result), None) is not None:
+            self.refuse("no rule is known for it")  # None: it may have written the parameter into something
         return result  # a shape, a dtype, a flag
 
     def _find(self, values: Any) -> View | None:
@@ -225,6 +225,8 @@ class BatchedEngine:
             Unsupported: The scores are untouched then.
         """
         recording, evaluation = self._forward(batch, first)
+        if not evaluation.output.requires_grad:
+            return  # this batch went a way through the model that uses no parameter
         self._uses = Counter(rule.view.name for rule in recording.rules)
         with self._foreign_gradients_kept():
             for number, cotangent in enumerate(evaluation.cotangents(), start=1):

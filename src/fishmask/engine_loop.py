@@ -27,6 +27,8 @@ class LoopEngine:
         for n in range(size(batch)):
             with Guard(self.model):
                 evaluation = self.likelihood(self.model, cut(batch, n, n + 1), first + n)
+            if not evaluation.output.requires_grad:
+                continue  # this example went a way through the model that uses no parameter
             for number, cotangent in enumerate(evaluation.cotangents(), start=1):
                 more = number < evaluation.passes
                 self._add_squares(evaluation.output, cotangent, keep_graph=more)
