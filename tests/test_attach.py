@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -674,6 +675,47 @@ def test_refusals_name_what_to_do() -> None:
     model.to(torch.bfloat16)
     with pytest.raises(fishmask.FishError, match="while attached"):
         model(torch.zeros(1, 2, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["conv", "bert-padded", "gpt2", "t5", "torch-encoder"])
+def test_the_delta_file_gives_the_trained_model_again(name: str, tmp_path: Path) -> None:
+    pair = Pair(case(name))
+    for seed in range(2):
+        pair.step(seed)
+    pair.tuning.delta().save(tmp_path / "delta.safetensors")
+    fresh = case(name).make()
+    delta = fishmask.load(fresh, tmp_path / "delta.safetensors")
+    for key, value in pair.model.state_dict().items():  # BatchNorm's running statistics too
+        assert torch.equal(fresh.state_dict()[key], value), key
+    delta.revert(fresh)
+    for key, value in base_of(fresh).items():
+        assert torch.equal(value, pair.base[key]), key
+
+
+def test_deltas_are_kept_away_from_an_attached_model() -> None:
+    model, mask = nn.Linear(2, 3), Mask.from_indices({"weight": [0]})
+    tuning = fishmask.attach(model, mask)
+    delta = tuning.delta()
+    with pytest.raises(fishmask.FishError, match="trained in place"):
+        delta.apply(model)
+    tuning.detach()
+    delta.apply(model)
+    tuning = fishmask.attach(model, mask)
+    with pytest.raises(fishmask.FishError, match="trained in place"):
+        delta.revert(model)
+    tuning.revert()
+    delta.revert(model)
+
+
+def test_deterministic_mode() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        test_non_contiguous_weights()
+        pair = Pair(case("bert-padded"))
+        pair.step(0)
+        pair.check()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_non_contiguous_weights() -> None:

@@ -12,9 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fishmask.attach import is_attached
 from fishmask.errors import FishError
 from fishmask.fingerprint import raw_bits
-from fishmask.params import canonical_parameters
+from fishmask.params import canonical_parameters, put
 
 Entries = Mapping[str, tuple[Tensor, Tensor]]  # name -> sorted flat indices (int64, CPU), values in the weight's dtype
 
@@ -40,7 +41,12 @@ def is_applied(model: nn.Module, owner: object) -> bool:
 
 
 def write(model: nn.Module, owner: object, entries: Entries) -> None:
-    """Write entries into the weights and remember what was there. Everything must have been checked before."""
+    """Write entries into the weights and remember what was there. Everything else must have been checked before.
+
+    Raises:
+        FishError: The model is attached: the values of its tuning would overwrite the entries again.
+    """
+    _refuse_attached(model)
     tensors = targets(model)
     found = {name: read(tensors[name], indices) for name, (indices, _) in entries.items()}
     for name, (indices, values) in entries.items():
@@ -52,8 +58,10 @@ def revert(model: nn.Module, owner: object) -> None:
     """Take back what ``owner`` wrote, whatever was applied before or after it.
 
     Raises:
-        FishError: ``owner`` is not applied to this model, or somebody else has changed the weights since.
+        FishError: ``owner`` is not applied to this model, somebody else has changed the weights since, or the model
+            is attached.
     """
+    _refuse_attached(model)
     applications = _history.get(model, [])
     place = next((i for i, application in enumerate(applications) if application.owner is owner), None)
     if place is None:
@@ -72,6 +80,11 @@ def revert(model: nn.Module, owner: object) -> None:
         seen = visible[name]
         _write(tensors[name], indices[seen], mine.found[name][seen.to(mine.found[name].device)])
     del applications[place]
+
+
+def _refuse_attached(model: nn.Module) -> None:
+    if is_attached(model):
+        raise FishError("this model is being trained in place; call detach() or revert() on its Tuning first")
 
 
 def restored(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
@@ -120,8 +133,4 @@ def read(tensor: Tensor, indices: Tensor) -> Tensor:
 
 
 def _write(tensor: Tensor, indices: Tensor, bits: Tensor) -> None:
-    weights, places, bits = raw_bits(tensor), indices.to(tensor.device), bits.to(tensor.device)
-    if weights.is_contiguous():
-        weights.view(-1).index_copy_(0, places, bits)
-    else:
-        weights[torch.unravel_index(places, weights.shape)] = bits  # put_ is refused in deterministic mode
+    put(raw_bits(tensor), indices.to(tensor.device), bits.to(tensor.device))

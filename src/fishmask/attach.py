@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from fishmask.carry import carried, carry_optimizer, check_carriable, refuse_retired, retire
 from fishmask.errors import FishError
 from fishmask.mask import Mask
-from fishmask.params import aliases, canonical_parameters
+from fishmask.params import aliases, canonical_parameters, put
 from fishmask.sites import DenseGradient, Entry, Site, site_for
 from fishmask.watch import Watch
 
@@ -86,8 +86,7 @@ class Tuning:
     def __init__(self, model: nn.Module, mask: Mask) -> None:
         parameters = canonical_parameters(model)
         mask = _fitting(mask, model, parameters)
-        taken = {id(entry.weight) for tuning in _LIVE for entry in tuning._entries.values()}
-        if any(id(p) in taken for p in parameters.values()):
+        if is_attached(model):
             raise FishError(
                 "this model is attached already: call set_mask() on its Tuning to train other entries, "
                 "or detach() or revert() it first"
@@ -138,7 +137,7 @@ class Tuning:
         a change that PyTorch does not count as one (through ``.data``).
         """
         for entry in self._entries.values():
-            _put(entry.weight, entry.indices, entry.values.detach().to(entry.weight.dtype))
+            put(entry.weight, entry.indices, entry.values.detach().to(entry.weight.dtype))
         self._written = self._version()
 
     @torch.no_grad()
@@ -214,7 +213,7 @@ class Tuning:
             self.detach()
         parameters, buffers = canonical_parameters(self.model), _buffers(self.model)
         for name, original in self._originals.items():
-            _put(parameters[name], original.indices.to(original.bits.device), original.bits)
+            put(parameters[name], original.indices.to(original.bits.device), original.bits)
         for name, buffer in self._changed_buffers().items():
             buffers[name].copy_(buffer)
 
@@ -376,7 +375,7 @@ class Tuning:
             if name in self._originals:
                 original = self._originals[name]
                 weight = weight.clone()
-                _put(weight, original.indices.to(weight.device), original.bits)
+                put(weight, original.indices.to(weight.device), original.bits)
             yield name, weight
 
     def _changed_buffers(self) -> dict[str, Tensor]:
@@ -390,6 +389,12 @@ class Tuning:
 
 
 _LIVE: "WeakSet[Tuning]" = WeakSet()
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether any weight of ``model`` has entries that a Tuning trains."""
+    trained = {id(entry.weight) for tuning in _LIVE for entry in tuning._entries.values()}
+    return any(id(p) in trained for p in model.parameters())
 
 
 @cache
@@ -449,13 +454,6 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _take(weight: Tensor, indices: Tensor) -> Tensor:
     return weight.detach().take(indices)
-
-
-def _put(weight: Tensor, indices: Tensor, values: Tensor) -> None:
-    if weight.is_contiguous():
-        weight.view(-1).index_copy_(0, indices, values)
-    else:
-        weight.put_(indices, values)
 
 
 def _has_compiled_part(model: nn.Module) -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -20,6 +21,14 @@ def aliases(model: nn.Module) -> dict[str, str]:
     """Map every name of every parameter of ``model``, canonical or tied, to its canonical name."""
     canonical = {id(p): name for name, p in model.named_parameters()}
     return {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def put(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Write ``values`` to flat indices of ``tensor``, in place, whatever its strides."""
+    if tensor.is_contiguous():
+        tensor.view(-1).index_copy_(0, indices, values)
+    else:
+        tensor[torch.unravel_index(indices, tensor.shape)] = values  # put_ is refused in deterministic mode
 
 
 def matching(names: Iterable[str], patterns: str | Sequence[str], role: str) -> list[str]:
