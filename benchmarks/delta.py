@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.machine import describe_machine
 from fishmask import Delta, Mask, fisher
 from fishmask.data import encode, rated_words
 from fishmask.fingerprint import fingerprint
 from fishmask.hub import load_for_training
+from fishmask.measure import environment
 from fishmask.params import canonical_parameters
 
 DENSITIES = (0.0002, 0.001, 0.005, 0.02, 0.1)
@@ -112,7 +112,7 @@ def main() -> None:
                 figures = [f"{row[key]:.3f}" for key in (*shown, "coded_write_seconds", "coded_read_seconds")]
                 table.add_row(name, f"{density:.2%}", f"{mask.k:,}", short, *figures)
                 line = {"benchmark": "delta", "mask": name, "density": density, "entries": mask.k, "values": short}
-                lines.append({**line, **row, "seed": 0, **describe_machine()})
+                lines.append({**line, **row, "seed": 0, **environment()})
     Console().print(table)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -14,6 +14,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 import fishmask
-from benchmarks.machine import describe_machine
+from fishmask.measure import environment
 
 DENSITY = 0.005
 SHAPES = {"16x128": (16, 128), "32x8": (32, 8)}  # batch x tokens
@@ -200,7 +201,8 @@ def main() -> None:
                 "bytes_kept": bytes_kept(method, batch),
                 "bytes_kept_bf16": kept_bf16[name][shape],
                 "seed": 0,
-                **describe_machine(),
+                "peft": version("peft"),
+                **environment(),
             }
             for name, method in ready.items()
         ]
