@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fishmask import FishError, fisher
+from fishmask import FishError, Mask, attach, fisher
 from tests.cases import case
 from tests.reference import assert_close, reference
 
@@ -48,6 +48,18 @@ class Noisy(nn.Module):
 def test_random_and_batch_dependent_models_are_refused(between, message, engine):
     with pytest.raises(FishError, match=message):
         fisher(HandMade(between), [case("mlp").batch(4, 0)], examples=4, engine=engine)
+
+
+def test_an_attached_model_is_refused():
+    """Its sites keep the gradients from its weights, which would score zero."""
+    c = case("bert")
+    model, batch = c.make(), c.batch(4, 0)
+    expected = fisher(model, [batch], examples=4)
+    tuning = attach(model, Mask.from_scores(expected, 0.05))
+    with pytest.raises(FishError, match="an attached model takes no gradients for its weights"):
+        fisher(model, [batch], examples=4, engine="loop")
+    tuning.detach()
+    assert_close(fisher(model, [batch], examples=4), expected)
 
 
 def test_a_loss_that_mixes_examples_is_refused():
