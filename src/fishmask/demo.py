@@ -7,6 +7,7 @@ results are in `results/demo_search.jsonl`; the test part is read here only.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -37,6 +38,8 @@ RECIPES: dict[Method, Recipe] = {
     "biases": replace(_WORDS, method="biases", learning_rate=3e-3),
 }
 TITLES = {"full": "everything", "fish": "FISH mask", "random": "random mask", "biases": "biases only"}
+# Threads that spin while they wait make a machine with other work on it many times slower.
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"} | os.environ
 _PREDICTIONS = "predictions.safetensors"
 
 
@@ -77,7 +80,7 @@ def _in_a_process(arguments: list[str], title: str, progress: Progress) -> dict[
     command = [sys.executable, "-m", "fishmask.demo", *arguments]
     result: dict[str, Any] = {}
     with TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=_ENVIRONMENT) as process:
             for line in _lines(process.stdout or ()):
                 if "phase" in line:
                     progress(f"{title}: {line['phase']}", line["done"], line["total"])
