@@ -2,9 +2,10 @@
 
     python -m experiments.demo_search [METHOD ...]
 
-For every method the grid of half-decades is walked from the middle until the best learning rate has a worse neighbour
-on both sides. One seed, the demo's own recipe otherwise. Appends one JSON line per run to results/demo_search.jsonl and
-skips the runs that are there already; prints the best rate of every method, to be written into `fishmask.demo.RECIPES`.
+For every method the grid of half-decades is walked from the recipe's own rate until the best learning rate has a worse
+neighbour on both sides. One seed, the demo's own recipe otherwise. Appends one JSON line per run to
+results/demo_search.jsonl and skips the runs that are there already; prints the best rate of every method, to be written
+into `fishmask.demo.RECIPES`.
 """
 
 import argparse
@@ -55,10 +56,10 @@ def result(recipe: Recipe) -> float:
     return float(record["pearson"])
 
 
-def walk(recipe: Recipe, start: float) -> dict[float, float]:
+def walk(recipe: Recipe) -> dict[float, float]:
     """Return validation Pearson by learning rate, the best of them in the interior where the grid allows."""
     found: dict[float, float] = {}
-    best = start
+    best = recipe.learning_rate
     while True:
         place = GRID.index(best)
         for rate in GRID[max(0, place - 1) : place + 2]:
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", default=list(RECIPES), choices=list(RECIPES))
     rows = []
     for method in parser.parse_args().methods:
-        found = walk(RECIPES[method], start=1e-4 if method == "full" else 1e-3)
+        found = walk(RECIPES[method])
         best = max(found, key=found.__getitem__)
         rows.append([method, f"{best:g}", f"{found[best]:.4f}", len(found)])
     print_table("Learning rates, chosen on the validation part", ["method", "best", "Pearson", "tried"], rows)

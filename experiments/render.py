@@ -8,7 +8,6 @@ A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, where NAME
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -119,16 +118,22 @@ def step() -> str:
     return f"{table(columns, rows)}\n\n{machine(lines[-1])}"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "search": search, "scoring": scoring, "step": step}
+# Name of the block: the results file it needs, and what writes it.
+BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
+    "demo": ("demo", demo),
+    "search": ("demo_search", search),
+    "scoring": ("scoring", scoring),
+    "step": ("step", step),
+}
 
 
 def render(text: str) -> str:
-    """Return a document with its blocks filled in."""
-    for name, block in BLOCKS.items():
+    """Return a document with its blocks filled in; a block without results stays as it is."""
+    for name, (source, block) in BLOCKS.items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        if begin in text:
-            pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-            text = pattern.sub(lambda _, block=block, begin=begin, end=end: f"{begin}\n{block()}\n{end}", text)
+        if begin in text and records(source):
+            before, _, rest = text.partition(begin)
+            text = f"{before}{begin}\n{block()}\n{end}{rest.partition(end)[2]}"
     return text
 
 
