@@ -107,9 +107,9 @@ def relative_error(model: nn.Module, batches: Batches) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 32], help="sequence lengths")
-    parser.add_argument("--examples", type=int, default=64, help="examples in each timed turn")
+    parser.add_argument("--examples", type=int, default=128, help="examples in each timed turn")
     parser.add_argument("--batch-size", type=int, default=8, help="of fishmask; the loop takes one at a time")
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each scorer")
+    parser.add_argument("--repeats", type=int, default=3, help="timed turns of each scorer")
     args = parser.parse_args()
 
     torch.set_num_threads(1)

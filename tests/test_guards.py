@@ -138,6 +138,19 @@ def test_the_model_is_left_as_it_was_found(name, engine, fails):
     assert_same_state(before, snapshot(model))
 
 
+def test_gradients_that_a_loss_leaves_in_the_model_are_put_back():
+    def loss(model, batch):
+        model[0].bias.grad = torch.ones(8)
+        model[2].bias.grad = torch.ones(3)
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    model = case("mlp").make()
+    model[2].bias.grad = mine = torch.full((3,), 2.0)
+    fisher(model, [case("mlp").batch(4, 0)], examples=4, loss=loss, engine="loop")
+    assert model[0].bias.grad is None
+    assert model[2].bias.grad is mine
+
+
 def test_it_works_within_no_grad_and_inference_mode():
     c = case("conv")
     model, batch = c.make(), c.batch(3, 1)

@@ -153,7 +153,7 @@ def test_known_uses_are_exact(name):
 
 @pytest.mark.parametrize("padding", [None, 2, -1])
 def test_embedding(padding):
-    x, y = data(4, 6, words=8)
+    x, y = data(4, 6, words=9)
     model = use(lambda m, x: total(F.embedding(x, m.w, padding)), w=(9, 3))
     known(model, (x, y))
     known(use(lambda m, x: total(F.embedding(x, m.w)), w=(9, 3)), (x[:, 0], y))  # one id for each example
@@ -229,6 +229,18 @@ def copied_in(m, x):
     return total(F.linear(h * x, m.w))
 
 
+def permuted(m, x):
+    """Examples first by shape, positions first in memory."""
+    h = torch.tanh(x.transpose(0, 1).contiguous().transpose(0, 1))
+    return total(F.linear(h.transpose(0, 1).view(-1, 5), m.w).view(6, -1, 3).transpose(0, 1))
+
+
+def hidden(m, x):
+    y = F.linear(x, m.w)
+    with torch._C.DisableTorchFunction():
+        return total(y + F.linear(x, m.v))
+
+
 def changed_input(m, x):
     h = x * 2
     y = F.linear(h, m.w)
@@ -253,6 +265,12 @@ REFUSED = {
     "checkpoint": (checkpointed, {"w": (5, 5)}, SEQUENCE, "w and others are used under gradient checkpointing"),
     "flat-tokens": (lambda m, x: total(F.linear(x.transpose(0, 1).reshape(-1, 5), m.w).view(6, -1, 3).transpose(0, 1)),
         {"w": (3, 5)}, SEQUENCE, r"input, of shape \[12, 5\], does not have the 2 examples as first dimension"),
+    "flat-tokens-of-a-permuted": (permuted, {"w": (3, 5)}, SEQUENCE, r"its input, of shape \[12, 5\], does not have"),
+    "weight-of-one-row": (
+        lambda m, x: total(F.linear(x, m.w + m.v)), {"w": (1, 5), "v": (1, 5)}, FLAT, "change the output"),
+    "hidden": (hidden, {"w": (3, 5), "v": (3, 5)}, FLAT, "v is used by code that the batched engine does not see"),
+    "scaled-sum": (lambda m, x: total(torch.add(x, m.w, alpha=2)), {"w": (5,)}, FLAT, "it is called with keywords"),
+    "matrix-bias": (lambda m, x: total(torch.addmm(m.b, x, m.w)), {"w": (5, 3), "b": (1, 3)}, FLAT, "the bias has"),
     "chosen-rows": (lambda m, x: total(F.linear(x[x[:, 0].argsort()], m.w)[x[:, 0].argsort().argsort()]),
         {"w": (3, 5)}, FLAT, "argsort before it may have changed the order"),
     "masked-rows": (lambda m, x: total(F.linear(x[x[:, 0] > -99], m.w)), {"w": (3, 5)}, FLAT, "changed the order"),
