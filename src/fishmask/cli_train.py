@@ -28,7 +28,10 @@ def train(
     ] = "fish",
     mask: Annotated[Path | None, typer.Option(help="Train the entries of this mask file instead.")] = None,
     density: Density = 0.005,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; it falls linearly to zero.")] = 5e-4,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate, falling linearly to zero; 5e-4, or 5e-5 for full, if not given"),
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 16,
     max_length: MaxLength = 128,
@@ -54,8 +57,9 @@ def train(
     from fishmask.run import train_table
     from fishmask.train import Recipe
 
+    rate = learning_rate if learning_rate is not None else 5e-5 if method == "full" else 5e-4
     recipe = Recipe(
-        method, density, learning_rate, epochs, batch_size, max_length, seed, weight_decay, clip, warm_up_head,
+        method, density, rate, epochs, batch_size, max_length, seed, weight_decay, clip, warm_up_head,
         tuple(keep or ()), tuple(exclude or ()), labels, examples, engine,
     )  # fmt: skip
     columns = {"text": text, "label": label, "pair": pair, "task": task}
