@@ -30,9 +30,19 @@ def results(monkeypatch, tmp_path):
 
 
 def test_the_demo_prints_one_table_with_every_method(results):
-    result = CliRunner().invoke(app, ["demo"], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, ["demo"], env={"COLUMNS": "1000"})
     assert result.exit_code == 0, result.output
-    for cell in (*demo.COLUMNS, "FISH mask 0.5%", "biases only", "1,234", "0.500", "0.125", "700 MB (+300)", "0.67 MB"):
+    for cell in (
+        *demo.COLUMNS,
+        "FISH 0.5 %",
+        "biases only",
+        "1,234",
+        "0.500",
+        "0.125",
+        "700 MB",
+        "400 MB of it are there before",
+        "0.67 MB",
+    ):
         assert cell in result.stdout
     assert "predictions identical, bit for bit" in result.stdout
 
@@ -54,8 +64,8 @@ def test_results_are_recorded_only_on_request(results, tmp_path):
 
 
 def test_a_method_that_fails_says_why(tmp_path):
-    with pytest.raises(FishError, match=r"process for 'FISH mask' failed: .*invalid choice: 'nonsense'"):
-        demo._in_a_process(["--one", "nonsense"], "FISH mask", lambda *args: None)
+    with pytest.raises(FishError, match=r"process for 'FISH' failed: .*invalid choice: 'nonsense'"):
+        demo._in_a_process(["--one", "nonsense"], "FISH", lambda *args: None)
 
 
 def test_the_learning_rates_are_those_of_the_committed_search():

@@ -62,7 +62,9 @@ def plot(
 
 @app.command()
 def demo(
-    epochs: Annotated[int, typer.Option(help="Passes over the training words, the same for every method.")] = 3,
+    epochs: Annotated[
+        int, typer.Option(min=2, help="Passes over the words, the same for all; FISH takes one for its head alone.")
+    ] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the heads, the batches and the random mask.")] = 0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the files it leaves.")] = Path("runs/demo"),
     record: Annotated[bool, typer.Option(help="Also append the results to results/demo.jsonl.")] = False,

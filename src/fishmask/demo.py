@@ -37,7 +37,7 @@ RECIPES: dict[Method, Recipe] = {
     "random": replace(_WORDS, method="random", learning_rate=1e-2),
     "biases": replace(_WORDS, method="biases", learning_rate=3e-3),
 }
-TITLES = {"full": "everything", "fish": "FISH mask", "random": "random mask", "biases": "biases only"}
+TITLES = {"full": "everything", "fish": "FISH", "random": "random", "biases": "biases only"}
 # Threads that spin while they wait make a machine with other work on it many times slower.
 _ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"} | os.environ
 _PREDICTIONS = "predictions.safetensors"
@@ -69,6 +69,8 @@ def run(folder: Path, *, epochs: int, seed: int, progress: Progress) -> list[dic
     """
     results = []
     for method in RECIPES:
+        if not sys.stderr.isatty():  # no bars there, but a log should tell that something goes on
+            note(f"training: {TITLES[method]}")
         arguments = ["--one", method, "--output", str(folder / method), "--epochs", str(epochs), "--seed", str(seed)]
         results.append(_in_a_process(arguments, TITLES[method], progress))
     next(record for record in results if record["method"] == "fish")["reload_identical"] = reloads(folder / "fish")
@@ -142,26 +144,25 @@ def check_reload(results: list[dict[str, Any]]) -> None:
         raise FishError("the reloaded delta gives other predictions than the trained model; this is a bug, report it")
 
 
-COLUMNS = ("trained", "entries", "test Pearson", "test Spearman", "seconds per step", "peak memory", "file it leaves")
+COLUMNS = ("trained", "entries", "Pearson", "Spearman", "s/step", "memory", "file")
 
 
 def row(record: dict[str, Any]) -> list[str]:
     """Return one record as the cells of the table."""
-    rise = record["peak_memory_bytes"] - record["loaded_memory_bytes"]
     return [
         _title(record),
         f"{record['entries']:,}",
         f"{record['pearson']:.3f}",
         f"{record['spearman']:.3f}",
         f"{record['seconds_per_step']:.3f}",
-        f"{record['peak_memory_bytes'] / 1e6:,.0f} MB (+{rise / 1e6:,.0f})",
+        f"{record['peak_memory_bytes'] / 1e6:,.0f} MB",
         f"{record['file_bytes'] / 1e6:.2f} MB",
     ]
 
 
 def _title(record: dict[str, Any]) -> str:
     title, recipe = TITLES[record["method"]], record["recipe"]
-    return f"{title} {recipe['density']:.1%}" if record["method"] in ("fish", "random") else title
+    return f"{title} {recipe['density']:.1%}".replace("%", " %") if record["method"] in ("fish", "random") else title
 
 
 def caption(results: list[dict[str, Any]]) -> str:
@@ -169,18 +170,21 @@ def caption(results: list[dict[str, Any]]) -> str:
     recipes = {record["method"]: record["recipe"] for record in results}
     rates = ", ".join(f"{TITLES[method]} {recipe['learning_rate']:g}" for method, recipe in recipes.items())
     fish = recipes["fish"]
+    loaded = min(record["loaded_memory_bytes"] for record in results)
     return (
+        "Correlation with the ratings of the test words. "
         f"MiniLM (6 layers), {fish['epochs']} epochs, batches of {fish['batch_size']}, seed {fish['seed']}. "
         f"Learning rates, chosen on a validation part: {rates}. "
         f"The FISH mask was scored on {fish['examples']} training words after {fish['warm_up_head']} of its steps had "
         f"trained the head alone, without {', '.join(fish['exclude'])}. "
-        "Peak memory is that of the whole process, in brackets the rise over the loaded model, scoring included."
+        f"Memory is the peak of the whole process, scoring included; {loaded / 1e6:,.0f} MB of it are there before. "
+        "The file is what the training leaves: a whole model, or a delta."
     )
 
 
 def show(results: list[dict[str, Any]]) -> None:
     """Print the table."""
-    title = "How positive is a word? Ratings of words never seen in training"
+    title = "How positive is a word? Tested on words never seen in training"
     print_table(title, COLUMNS, [row(record) for record in results], caption(results))
     fish = next(record for record in results if record["method"] == "fish")
     if fish["reload_identical"]:
