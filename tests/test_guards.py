@@ -50,16 +50,26 @@ def test_random_and_batch_dependent_models_are_refused(between, message, engine)
         fisher(HandMade(between), [case("mlp").batch(4, 0)], examples=4, engine=engine)
 
 
-def test_an_attached_model_is_refused():
-    """Its sites keep the gradients from its weights, which would score zero."""
-    c = case("bert")
-    model, batch = c.make(), c.batch(4, 0)
-    expected = fisher(model, [batch], examples=4)
-    tuning = attach(model, Mask.from_scores(expected, 0.05))
-    with pytest.raises(FishError, match="an attached model takes no gradients for its weights"):
-        fisher(model, [batch], examples=4, engine="loop")
-    tuning.detach()
-    assert_close(fisher(model, [batch], examples=4), expected)
+@pytest.mark.parametrize("engine", ["batched", "loop"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "conv"])
+def test_an_attached_model_is_scored_like_any_other_and_trains_on(name, engine):
+    c = case(name)
+    batch, model, plain = c.batch(4, 0), c.make(), c.make()
+    mask = Mask.random(model, 0.3, seed=0)
+    tuning, twin = attach(model, mask), attach(plain, mask)
+    for values in (tuning.values, twin.values):
+        with torch.no_grad():
+            values.mul_(1.5)
+    twin.detach()  # writes the values; those of the model are still to be written
+    flags = [p.requires_grad for p in model.parameters()]
+    found = fisher(model, [batch], examples=4, engine=engine)
+    for key, score in fisher(plain, [batch], examples=4, engine=engine).items():
+        assert torch.equal(found[key], score), key
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in (*tuning.parameters(), *model.parameters()))
+    output = model(**batch).logits if isinstance(batch, dict) else model(batch[0])
+    output.square().sum().backward()
+    assert all(p.grad is not None for p in tuning.parameters())
 
 
 def test_a_loss_that_mixes_examples_is_refused():

@@ -6,6 +6,7 @@ are written back into the weights, so that the model always is the trained model
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,7 @@ class Tuning:
         self._site_handles: list[RemovableHandle] = []
         self._watch: Watch | None = None
         self._watched = False
+        self._paused = False
         self._required_grad = {name: p.requires_grad for name, p in parameters.items()}
         self._originals: dict[str, _Original] = {}
         self._original_buffers = {name: buffer.detach().clone() for name, buffer in _buffers(model).items()}
@@ -336,7 +338,7 @@ class Tuning:
         self._site_handles, self._general, self._sites = [], {}, []
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._paused:
             return
         if self._version() != self._written:
             self.write_back()
@@ -361,6 +363,11 @@ class Tuning:
         for name, entry in self._entries.items():
             if entry.weight is weight and name not in self._general:
                 self._generalise(name)
+
+    def _pause(self, paused: bool) -> None:
+        self._paused = paused
+        for _, site, _ in self._sites:
+            site.paused = paused
 
     def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         self.read_back()
@@ -393,8 +400,26 @@ _LIVE: "WeakSet[Tuning]" = WeakSet()
 
 def is_attached(model: nn.Module) -> bool:
     """Whether any weight of ``model`` has entries that a Tuning trains."""
-    trained = {id(entry.weight) for tuning in _LIVE for entry in tuning._entries.values()}
-    return any(id(p) in trained for p in model.parameters())
+    return bool(_tunings_of(model))
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """Take the gradient of the weights themselves, as on a model that is not attached, to score it in mid-training."""
+    tunings = _tunings_of(model)
+    for tuning in tunings:
+        tuning.write_back()
+        tuning._pause(True)
+    try:
+        yield
+    finally:
+        for tuning in tunings:
+            tuning._pause(False)
+
+
+def _tunings_of(model: nn.Module) -> "list[Tuning]":
+    own = {id(p) for p in model.parameters()}
+    return [t for t in list(_LIVE) if any(id(entry.weight) in own for entry in t._entries.values())]
 
 
 @cache

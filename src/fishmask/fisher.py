@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from fishmask.attach import is_attached
 from fishmask.batches import Batch, cut, first_examples, size
 from fishmask.engine_batched import BatchedEngine, Unsupported
 from fishmask.engine_loop import LoopEngine
@@ -242,11 +241,6 @@ def _checked(
         raise ValueError(
             f"labels={labels!r} needs the distribution that the model predicts, which a loss of your own does not "
             "tell; leave loss out, or use labels='given'"
-        )
-    if is_attached(model):
-        raise FishError(
-            "an attached model takes no gradients for its weights, so it cannot be scored: score it before attach(), "
-            "after detach(), or score a model with its state_dict"
         )
     if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
         raise FishError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from fishmask.attach import paused
 from fishmask.batches import Batch, cut, size
 from fishmask.errors import FishError
 from fishmask.likelihoods import Likelihood
@@ -99,7 +100,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), paused(model):
             model.eval()
             yield
     finally:

@@ -75,6 +75,7 @@ class Site:
     def __init__(self, weight: Entry | None, bias: Entry | None) -> None:
         self.weight = weight
         self.bias = bias
+        self.paused = False
 
     def drop(self, values: nn.Parameter) -> None:
         """Serve these values no more."""
@@ -85,7 +86,7 @@ class Site:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
         """Return the output with the values' gradient attached (a forward hook's signature)."""
-        if not torch.is_grad_enabled() or (self.weight is None and self.bias is None):
+        if self.paused or not torch.is_grad_enabled() or (self.weight is None and self.bias is None):
             return None
         return self.collect(module, args[0] if args else next(iter(kwargs.values())), output)
 
