@@ -7,7 +7,6 @@ are written back into the weights, so that the model always is the trained model
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -21,8 +20,9 @@ from torch.utils.hooks import RemovableHandle
 from fishmask.carry import carried, carry_optimizer, check_carriable, refuse_retired, retire
 from fishmask.errors import FishError
 from fishmask.mask import Mask
-from fishmask.params import aliases, canonical_parameters, put
-from fishmask.sites import DenseGradient, Entry, Site, site_for
+from fishmask.originals import Originals
+from fishmask.params import aliases, canonical_parameters, put, take
+from fishmask.sites import DenseGradient, Entry, Site, hook_input_embeddings, site_for
 from fishmask.watch import Watch
 
 if TYPE_CHECKING:
@@ -66,14 +66,6 @@ def attach(model: nn.Module, mask: Mask) -> "Tuning":
     return Tuning(model, mask)
 
 
-@dataclass
-class _Original:
-    """The base's bits at every entry of one parameter that was masked at any time since attaching."""
-
-    indices: Tensor  # int64, sorted flat indices, CPU
-    bits: Tensor  # in the weight's dtype and on its device
-
-
 class Tuning:
     """An attached model: its k trainable values and their life. Made by ``attach``.
 
@@ -103,15 +95,14 @@ class Tuning:
         self._watched = False
         self._paused = False
         self._required_grad = {name: p.requires_grad for name, p in parameters.items()}
-        self._originals: dict[str, _Original] = {}
-        self._original_buffers = {name: buffer.detach().clone() for name, buffer in _buffers(model).items()}
+        self._originals = Originals(model)
         for p in parameters.values():
             p.requires_grad_(False)
         self._lay_out(mask)
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, prepend=True),
             model.register_forward_hook(self._after_forward, always_call=True),
-            *_hook_input_embeddings(model),
+            *hook_input_embeddings(model),
         ]
         _LIVE.add(self)
         _hook_optimizers()
@@ -152,7 +143,7 @@ class Tuning:
                 entry.weight.requires_grad_(False)
                 if name in self._general:
                     self._generalise(name)
-            entry.values.copy_(_take(entry.weight, entry.indices))
+            entry.values.copy_(take(entry.weight, entry.indices))
         self._written = self._version()
 
     # --- its life -----------------------------------------------------------------------------------------------------
@@ -213,11 +204,7 @@ class Tuning:
         """Restore the base bit for bit, also after ``detach``: entries ever masked, and buffers changed by training."""
         if self._attached:
             self.detach()
-        parameters, buffers = canonical_parameters(self.model), _buffers(self.model)
-        for name, original in self._originals.items():
-            put(parameters[name], original.indices.to(original.bits.device), original.bits)
-        for name, buffer in self._changed_buffers().items():
-            buffers[name].copy_(buffer)
+        self._originals.restore(self.model)
 
     @torch.no_grad()
     def delta(self) -> "Delta":
@@ -230,15 +217,15 @@ class Tuning:
 
         if self._attached:
             self.write_back()
-        parameters, buffers = canonical_parameters(self.model), _buffers(self.model)
-        touched = Mask.from_indices({name: o.indices for name, o in self._originals.items()}, shapes=self.model)
-        values = {name: _take(parameters[name], i.to(parameters[name].device)) for name, i in touched.indices.items()}
+        touched = Mask.from_indices(self._originals.indices, shapes=self.model)
+        parameters = canonical_parameters(self.model)
+        values = {name: take(parameters[name], indices) for name, indices in touched.indices.items()}
         config = getattr(self.model, "config", None)
         return Delta(
             touched,
             values,
-            base=fingerprint(self._base(parameters), touched),
-            buffers={name: buffers[name].detach().clone() for name in self._changed_buffers()},
+            base=fingerprint(self._originals.base(self.model), touched),
+            buffers=self._originals.changed_buffers(self.model),
             base_name=getattr(config, "_name_or_path", None) or None,
             base_revision=getattr(config, "_commit_hash", None),
         )
@@ -280,7 +267,7 @@ class Tuning:
         parameters = canonical_parameters(self.model)
         device = parameters[next(iter(mask.indices))].device
         indices = {name: index.to(device) for name, index in mask.indices.items()}
-        self._flat = torch.cat([_take(parameters[name], index).float() for name, index in indices.items()])
+        self._flat = torch.cat([take(parameters[name], index).float() for name, index in indices.items()])
         values = self._flat.split([len(index) for index in indices.values()])
         self._entries = {
             name: Entry(parameters[name], index, nn.Parameter(part))
@@ -288,19 +275,8 @@ class Tuning:
         }
         self._written = self._version()
         for name, entry in self._entries.items():
-            self._remember(name, entry.weight, mask.indices[name])
+            self._originals.remember(name, entry.weight, mask.indices[name])
         self._hook()
-
-    def _remember(self, name: str, weight: Tensor, indices: Tensor) -> None:
-        """Keep the base's bits of entries that are masked for the first time."""
-        if name not in self._originals:
-            self._originals[name] = _Original(indices, _take(weight, indices.to(weight.device)))
-            return
-        known = self._originals[name]
-        new = indices[~torch.isin(indices, known.indices)]
-        merged, order = torch.cat([known.indices, new]).sort()
-        bits = torch.cat([known.bits, _take(weight, new.to(weight.device))])
-        self._originals[name] = _Original(merged, bits[order.to(bits.device)])
 
     def _hook(self) -> None:
         """Give each module that owns masked entries its site; parameters that have none take the general path."""
@@ -342,8 +318,8 @@ class Tuning:
             return
         if self._version() != self._written:
             self.write_back()
-        first = next(iter(self._entries.values()))
-        if first.weight.device != self._flat.device or first.weight.dtype != self._first_bits().dtype:
+        name, first = next(iter(self._entries.items()))
+        if first.weight.device != self._flat.device or first.weight.dtype != self._originals.dtype(name):
             raise FishError(
                 "the model was moved or converted while attached: move it to its device and dtype first, then attach"
             )
@@ -371,28 +347,6 @@ class Tuning:
 
     def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         self.read_back()
-
-    def _first_bits(self) -> Tensor:
-        return self._originals[next(iter(self._entries))].bits
-
-    def _base(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the base's parameters, one restored copy at a time."""
-        for name, p in parameters.items():
-            weight = p.detach()
-            if name in self._originals:
-                original = self._originals[name]
-                weight = weight.clone()
-                put(weight, original.indices.to(weight.device), original.bits)
-            yield name, weight
-
-    def _changed_buffers(self) -> dict[str, Tensor]:
-        """Return the base's own version of the buffers that are different now."""
-        now = _buffers(self.model)
-        return {
-            name: base
-            for name, base in self._original_buffers.items()
-            if not torch.equal(base.flatten().view(torch.uint8), now[name].flatten().view(torch.uint8))
-        }
 
 
 _LIVE: "WeakSet[Tuning]" = WeakSet()
@@ -467,49 +421,5 @@ def _fitting(mask: Mask, model: nn.Module, parameters: Mapping[str, nn.Parameter
     return fitting
 
 
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that belong to the state of ``model``."""
-    return {
-        f"{path}.{name}" if path else name: buffer
-        for path, module in model.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    }
-
-
-def _take(weight: Tensor, indices: Tensor) -> Tensor:
-    return weight.detach().take(indices)
-
-
 def _has_compiled_part(model: nn.Module) -> bool:
     return any(type(module).__name__ == "OptimizedModule" for module in model.modules())
-
-
-def _hook_input_embeddings(model: nn.Module) -> list[RemovableHandle]:
-    """Let reentrant gradient checkpointing work on a Hugging Face model: it needs an input that requires grad."""
-    getter = getattr(model, "get_input_embeddings", None)
-    if not callable(getter):
-        return []
-    try:
-        embeddings = getter()
-    except NotImplementedError:
-        return []
-    return [embeddings.register_forward_hook(_RequireGrad(model))] if isinstance(embeddings, nn.Module) else []
-
-
-class _RequireGrad:
-    """Forward hook that makes an output require grad while reentrant gradient checkpointing is on."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and isinstance(output, Tensor)):
-            return
-        if not output.requires_grad and self.model.training and _checkpoints_reentrantly(self.model):
-            output.requires_grad_(True)
-
-
-def _checkpoints_reentrantly(model: nn.Module) -> bool:
-    functions = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
-    return any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions if f is not None)

@@ -31,6 +31,11 @@ def put(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
         tensor[torch.unravel_index(indices, tensor.shape)] = values  # put_ is refused in deterministic mode
 
 
+def take(tensor: Tensor, indices: Tensor) -> Tensor:
+    """Return the entries at flat indices (on any device), detached, on the tensor's device."""
+    return tensor.detach().take(indices.to(tensor.device))
+
+
 def matching(names: Iterable[str], patterns: str | Sequence[str], role: str) -> list[str]:
     """Select the names that any pattern matches, on whole dot-separated parts.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from fishmask.plans import ConvolutionPlan, LookupPlan, ProductPlan
@@ -264,3 +265,33 @@ def _tokens(x: Tensor) -> Tensor:
 def _gathered(weight: Tensor, entry: Entry) -> Tensor:
     gathered: Tensor = _Gather.apply(entry.values, weight, entry.indices)
     return gathered
+
+
+def hook_input_embeddings(model: nn.Module) -> list[RemovableHandle]:
+    """Let reentrant gradient checkpointing work on a Hugging Face model: it needs an input that requires grad."""
+    getter = getattr(model, "get_input_embeddings", None)
+    if not callable(getter):
+        return []
+    try:
+        embeddings = getter()
+    except NotImplementedError:
+        return []
+    return [embeddings.register_forward_hook(_RequireGrad(model))] if isinstance(embeddings, nn.Module) else []
+
+
+class _RequireGrad:
+    """Forward hook that makes an output require grad while reentrant gradient checkpointing is on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and isinstance(output, Tensor)):
+            return
+        if not output.requires_grad and self.model.training and _checkpoints_reentrantly(self.model):
+            output.requires_grad_(True)
+
+
+def _checkpoints_reentrantly(model: nn.Module) -> bool:
+    functions = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
+    return any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions if f is not None)

@@ -1,0 +1,83 @@
+"""What the base was: the bits of every entry that training has touched, and the buffers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fishmask.params import canonical_parameters, put, take
+
+
+@dataclass
+class _Original:
+    indices: Tensor  # int64, sorted flat indices, CPU
+    bits: Tensor  # in the weight's dtype and on its device
+
+
+class Originals:
+    """The base's bits at every entry masked since attaching, k numbers for one mask, and copies of the buffers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._entries: dict[str, _Original] = {}
+        self._buffers = {name: buffer.detach().clone() for name, buffer in _buffers(model).items()}
+
+    @property
+    def indices(self) -> dict[str, Tensor]:
+        """Sorted flat indices (CPU) of all remembered entries, by parameter."""
+        return {name: original.indices for name, original in self._entries.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that the parameter had."""
+        return self._entries[name].bits.dtype
+
+    def remember(self, name: str, weight: Tensor, indices: Tensor) -> None:
+        """Keep the bits of those of the sorted ``indices`` (CPU) that are not remembered yet."""
+        if name not in self._entries:
+            self._entries[name] = _Original(indices, take(weight, indices))
+            return
+        known = self._entries[name]
+        new = indices[~torch.isin(indices, known.indices)]
+        merged, order = torch.cat([known.indices, new]).sort()
+        bits = torch.cat([known.bits, take(weight, new)])
+        self._entries[name] = _Original(merged, bits[order.to(bits.device)])
+
+    def restore(self, model: nn.Module) -> None:
+        """Give ``model`` its base back, in place, bit for bit."""
+        parameters, buffers = canonical_parameters(model), _buffers(model)
+        for name, original in self._entries.items():
+            put(parameters[name], original.indices.to(original.bits.device), original.bits)
+        for name in self.changed_buffers(model).keys() & self._buffers.keys():
+            buffers[name].copy_(self._buffers[name])
+
+    def base(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Yield the base's parameters, a restored copy of one touched parameter at a time."""
+        for name, p in canonical_parameters(model).items():
+            weight = p.detach()
+            if name in self._entries:
+                original = self._entries[name]
+                weight = weight.clone()
+                put(weight, original.indices.to(original.bits.device), original.bits)
+            yield name, weight
+
+    def changed_buffers(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return copies of the model's buffers whose bits are not the base's, such as BatchNorm's statistics."""
+        return {
+            name: buffer.detach().clone()
+            for name, buffer in _buffers(model).items()
+            if name not in self._buffers or not torch.equal(_bytes(buffer), _bytes(self._buffers[name]))
+        }
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that belong to the state of ``model``."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().flatten().view(torch.uint8)
