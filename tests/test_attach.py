@@ -89,6 +89,24 @@ def test_adam_trajectory_equals_dense_training(case: Case) -> None:
     assert_only_masked_moved(base, model, mask)
 
 
+OPTIMIZERS: dict[str, Any] = {
+    "fused adamw": lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.0, eps=1e-2, fused=True),
+    "foreach adamw": lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.0, eps=1e-2, foreach=True),
+    "fused sgd": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9, fused=True),
+    "adagrad": lambda ps: torch.optim.Adagrad(ps, lr=0.01, eps=1e-2),
+    "fused adagrad": lambda ps: torch.optim.Adagrad(ps, lr=0.01, eps=1e-2, fused=True),
+    "rmsprop": lambda ps: torch.optim.RMSprop(ps, lr=0.01, eps=1e-2),
+    "nadam": lambda ps: torch.optim.NAdam(ps, lr=0.01, eps=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains_the_weights(name: str) -> None:
+    model, reference, base, mask = train(case("mlp"), clustered, OPTIMIZERS[name])
+    assert distance(reference, model, base) < 1e-3
+    assert_only_masked_moved(base, model, mask)
+
+
 class Pair:
     """An attached model and its dense reference, stepped together."""
 

@@ -378,15 +378,17 @@ def _tunings_of(model: nn.Module) -> "list[Tuning]":
 
 @cache
 def _hook_optimizers() -> None:
-    """Write values back after each step of any optimizer; an unrelated step costs one comparison per Tuning."""
-
-    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for tuning in list(_LIVE):
-            if tuning._version() != tuning._written:
-                tuning.write_back()
+    """Have every optimizer of the process write values back after its step."""
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         refuse_retired(optimizer)
+
+    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # The version of a tensor does not tell: fused optimizers on the CPU change it unnoticed.
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for tuning in list(_LIVE):
+            if any(id(values) in held for values in tuning.parameters()):
+                tuning.write_back()
 
     register_optimizer_step_pre_hook(before_step)
     register_optimizer_step_post_hook(after_step)
