@@ -7,7 +7,7 @@ train their values. Warm-up and training share the steps and the schedule, so ev
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
 from typing import IO, Literal, get_args
@@ -140,17 +140,19 @@ def fit(
     if mask is not None and (recipe.method == "full" or recipe.warm_up_head):
         raise ValueError("a mask chosen beforehand goes with neither method='full' nor warm_up_head")
     outcome = _begin(model, data, recipe, keep, mask, progress)
-    optimizer, schedule = _optimizer(model, outcome, recipe, steps, done=0)
+    parameters = list(outcome.tuning.parameters() if outcome.tuning else model.parameters())
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     seconds: list[float] = []
     step = 0
     for epoch in range(recipe.epochs):
         losses: list[float] = []
         for rows in data.shuffled(recipe.batch_size, seed=recipe.seed + 1000 * epoch):
             if outcome.tuning and recipe.warm_up_head and step == recipe.warm_up_head:
-                outcome.tuning.detach()  # only a free model can be scored
-                now = replace(recipe, warm_up_head=0)
-                outcome = replace(_begin(model, data, now, keep, None, progress), history=outcome.history)
-                optimizer, schedule = _optimizer(model, outcome, recipe, steps, done=step)
+                begin = perf_counter()
+                outcome.tuning.set_mask(choose(model, data, recipe, keep, progress), optimizer)
+                outcome.seconds_scoring = perf_counter() - begin
                 seconds.clear()
             model.train()
             begin = perf_counter()
@@ -182,19 +184,6 @@ def _begin(
     if mask is None:
         mask = _whole(model, keep) if recipe.warm_up_head else choose(model, data, recipe, keep, progress)
     return Outcome(attach(model, mask), mask.k, seconds_scoring=perf_counter() - begin)
-
-
-def _optimizer(
-    model: nn.Module, outcome: Outcome, recipe: Recipe, steps: int, done: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """Return an optimizer and its schedule, which falls from the first of all steps to the last."""
-    parameters = list(outcome.tuning.parameters()) if outcome.tuning else list(model.parameters())
-    # Fused AdamW is the fastest for whole tensors. On the CPU it changes them without PyTorch's version counter, by
-    # which a Tuning sees a change, so the k values take the ordinary one.
-    optimizer = torch.optim.AdamW(
-        parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=outcome.tuning is None
-    )
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - (done + step) / steps)
 
 
 def _whole(model: nn.Module, keep: tuple[str, ...]) -> Mask:
