@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,8 +39,11 @@ RECIPES: dict[Method, Recipe] = {
     "biases": replace(_WORDS, method="biases", learning_rate=3e-3),
 }
 TITLES = {"full": "everything", "fish": "FISH", "random": "random", "biases": "biases only"}
-# Threads that spin while they wait make a machine with other work on it many times slower.
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"} | os.environ
+# Two methods run at a time, each with half of the cores: small steps do not keep more busy. Threads that spin while
+# they wait make a machine with other work on it many times slower.
+_CORES = os.cpu_count() or 1
+_AT_A_TIME = min(2, _CORES)
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(max(1, _CORES // 2))} | os.environ
 _PREDICTIONS = "predictions.safetensors"
 
 
@@ -67,13 +71,17 @@ def run(folder: Path, *, epochs: int, seed: int, progress: Progress) -> list[dic
     Returns:
         One record per method; that of "fish" says whether the reloaded model predicts the same bits.
     """
-    results = []
-    for method in RECIPES:
+
+    def one(method: Method) -> dict[str, Any]:
         if not sys.stderr.isatty():  # no bars there, but a log should tell that something goes on
             note(f"training: {TITLES[method]}")
         arguments = ["--one", method, "--output", str(folder / method), "--epochs", str(epochs), "--seed", str(seed)]
-        results.append(_in_a_process(arguments, TITLES[method], progress))
-    next(record for record in results if record["method"] == "fish")["reload_identical"] = reloads(folder / "fish")
+        return _in_a_process(arguments, TITLES[method], progress)
+
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        results = list(pool.map(one, RECIPES))
+    fish = next(record for record in results if record["method"] == "fish")
+    fish["reload_identical"] = reloads(folder / "fish", fish["threads"])
     return results
 
 
@@ -126,11 +134,19 @@ def run_one(method: Method, recipe: Recipe, folder: Path, progress: Progress) ->
     }
 
 
-def reloads(folder: Path) -> bool:
-    """Load the delta into a fresh base and say whether the test predictions are the same, bit for bit."""
+def reloads(folder: Path, threads: int) -> bool:
+    """Load the delta into a fresh base and say whether the test predictions are the same, bit for bit.
+
+    The last bits of a sum depend on how many threads share it, so as many are used as for training.
+    """
     base = model_folder()
     test = encode(rated_words("test"), load_tokenizer(base), _WORDS.max_length)
-    outputs = predict(load_run(folder, base), test)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        outputs = predict(load_run(folder, base), test)
+    finally:
+        torch.set_num_threads(before)
     return torch.equal(outputs.view(torch.int32), load_file(folder / _PREDICTIONS)["outputs"].view(torch.int32))
 
 
@@ -177,6 +193,7 @@ def caption(results: list[dict[str, Any]]) -> str:
         f"Learning rates, chosen on a validation part: {rates}. "
         f"The FISH mask was scored on {fish['examples']} training words after {fish['warm_up_head']} of its steps had "
         f"trained the head alone, without {', '.join(fish['exclude'])}. "
+        f"Two methods at a time, {results[0]['threads']} thread(s) each. "
         f"Memory is the peak of the whole process, scoring included; {loaded / 1e6:,.0f} MB of it are there before. "
         "The file is what the training leaves: a whole model, or a delta."
     )
