@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -606,6 +607,141 @@ def test_weights_used_outside_their_module(kind: str) -> None:
     for seed in range(STEPS):
         pair.step(seed, backward)
     pair.check()
+
+
+def test_a_use_that_comes_late_or_within_a_forward_of_its_own() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.calls = nn.Linear(3, 3), nn.Linear(3, 2), 0
+
+        def forward(self, x: Tensor, inner: bool = False) -> Tensor:
+            if inner:
+                return self.a(x)
+            self.calls += 1
+            h = self(x, inner=True).relu()  # ends a forward of this very model
+            if self.calls > 2:
+                h = nn.functional.linear(h, self.a.weight, self.a.bias)
+            return self.b(h)
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Late()
+
+    def batch(size: int, seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(size, 3, generator=generator), torch.randn(size, 2, generator=generator)
+
+    pair = Pair(Case("late", make, batch), Mask.random(make(), 0.6, seed=0))
+    for seed in range(2 * STEPS):
+        pair.step(seed)
+    pair.check()
+
+
+def test_gradients_from_before_attaching_do_not_count() -> None:
+    model, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    model(x)[0].sum().backward()
+    expected = model.weight_ih_l0.grad.flatten()[[0, 5, 9]].clone()
+    tuning = fishmask.attach(model, Mask.from_indices({"weight_ih_l0": [0, 5, 9]}))
+    model(x)[0].sum().backward()
+    torch.testing.assert_close(next(tuning.parameters()).grad, expected)
+
+
+def test_hooks_on_the_values_see_the_general_path() -> None:
+    model = nn.LSTM(3, 4)
+    tuning = fishmask.attach(model, Mask.from_indices({"weight_ih_l0": [0, 5, 9]}))
+    (values,), seen = tuning.parameters(), []
+    values.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    model(torch.randn(5, 2, 3))[0].sum().backward()
+    assert len(seen) == 1 and seen[0].shape == (3,)
+
+
+@pytest.mark.parametrize("change", ["other weights", "half and back", "one entry", "removed"])
+def test_revert_and_delta_are_refused_when_the_base_is_gone(change: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    tuning = fishmask.attach(model, Mask.from_indices({"0.weight": [0, 4]}))
+    if change == "other weights":
+        model.load_state_dict(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).state_dict())
+    elif change == "half and back":
+        model.half().float()
+    elif change == "one entry":
+        model[1].weight.data[0, 0] += 1e-3
+    else:
+        del model[1]
+    for refused in (tuning.revert, tuning.delta):
+        with pytest.raises(fishmask.FishError, match="base is gone"):
+            refused()
+    tuning.detach()
+
+
+def test_an_average_of_an_attached_model_is_a_plain_model() -> None:
+    model = nn.Linear(4, 2)
+    tuning = fishmask.attach(model, Mask.from_indices({"weight": [0, 1]}))
+    optimizer = torch.optim.SGD(tuning.parameters(), lr=0.1)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for _ in range(3):
+        model(torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+        average.update_parameters(model)
+    weight = average.module.weight.detach().clone()
+    average(torch.ones(1, 4))
+    fishmask.attach(average.module, Mask.from_indices({"bias": [0]})).revert()
+    assert torch.equal(average.module.weight, weight)
+
+
+def test_an_interrupted_forward_leaves_nothing_behind() -> None:
+    class Interrupted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    model = nn.Sequential(nn.Linear(2, 2), Interrupted(2, 2))
+    tuning = fishmask.attach(model, Mask.from_indices({"0.weight": [0]}))
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(1, 2))
+    tuning.detach()
+    assert not torch.overrides._get_current_function_mode_stack()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_threads_may_run_the_same_attached_model() -> None:
+    model = case("bert").make()
+    fishmask.attach(model, clustered(model))
+    batch = case("bert").batch(4, 0)
+    expected = loss_of(model, batch)
+    with ThreadPoolExecutor(4) as pool:
+        losses = list(pool.map(lambda _: loss_of(model, batch), range(16)))
+    for loss in losses:
+        torch.testing.assert_close(loss, expected)
+
+
+def test_attaching_in_inference_mode_and_a_part_of_an_attached_model() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with torch.inference_mode():
+        tuning = fishmask.attach(model, Mask.from_indices({"0.weight": [0]}))
+    model(torch.ones(1, 2)).sum().backward()
+    assert next(tuning.parameters()).grad is not None
+    with pytest.raises(fishmask.FishError, match="attached already"):
+        fishmask.attach(model[1], Mask.from_indices({"weight": [0]}))
+    with torch.inference_mode():
+        made = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="inference mode"):
+        fishmask.attach(made, Mask.from_indices({"weight": [0]}))
+    with pytest.raises(ValueError, match="max_norm"):
+        fishmask.attach(nn.Embedding(4, 2, max_norm=1.0), Mask.from_indices({"weight": [0]}))
+
+
+def test_mask_change_with_named_groups_and_fused_momentum() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    tuning = fishmask.attach(model, Mask.from_indices({"0.weight": [0, 1], "0.bias": [0]}))
+    optimizer = torch.optim.SGD(tuning.named_parameters(), lr=0.1, momentum=0.9, fused=True)
+    for mask in ({"0.weight": [1, 2], "1.weight": [0]}, {"1.weight": [0, 1], "1.bias": [1]}):
+        model(torch.ones(3, 2)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        tuning.set_mask(Mask.from_indices(mask), optimizer)
+        assert optimizer.param_groups[0]["param_names"] == [name for name, _ in tuning.named_parameters()]
+    model(torch.ones(3, 2)).square().sum().backward()
+    optimizer.step()
 
 
 def test_user_hooks_and_keyword_inputs() -> None:

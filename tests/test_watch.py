@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,10 +9,13 @@ from fishmask.watch import Watch
 def watched(layer: nn.Linear, use: object) -> list[Tensor]:
     """Return the weights reported while `use(layer)` runs."""
     reported: list[Tensor] = []
-    watch = Watch([(layer, [layer.weight])], reported.append)
-    with watch:
-        use(layer)
-    watch.close()
+    watch = Watch(reported.append)
+    handles = watch.own(layer, [layer.weight])
+    watch.start()
+    use(layer)
+    watch.stop()
+    for handle in handles:
+        handle.remove()
     assert not layer._forward_hooks and not layer._forward_pre_hooks
     return reported
 
@@ -44,11 +48,26 @@ def test_other_uses_are_reported() -> None:
 def test_the_depth_survives_an_error_in_the_forward() -> None:
     layer = nn.Linear(3, 4)
     reported: list[Tensor] = []
-    watch = Watch([(layer, [layer.weight])], reported.append)
-    with watch:
-        try:
-            layer(torch.ones(2, 5))
-        except RuntimeError:
-            layer.weight.sum()
-    watch.close()
+    watch = Watch(reported.append)
+    watch.own(layer, [layer.weight])
+    watch.start()
+    with pytest.raises(RuntimeError):
+        layer(torch.ones(2, 5))
+    layer.weight.sum()
+    watch.stop()
+    assert len(reported) == 1
+
+
+def test_watching_nests() -> None:
+    layer = nn.Linear(3, 4)
+    reported: list[Tensor] = []
+    watch = Watch(reported.append)
+    watch.own(layer, [layer.weight])
+    watch.start()
+    watch.start()
+    watch.stop()
+    layer.weight.sum()
+    watch.stop()
+    layer.weight.sum()
+    watch.stop()
     assert len(reported) == 1

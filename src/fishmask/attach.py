@@ -22,7 +22,7 @@ from fishmask.errors import FishError
 from fishmask.mask import Mask
 from fishmask.originals import Originals
 from fishmask.params import aliases, canonical_parameters, put, take
-from fishmask.sites import DenseGradient, Entry, Site, hook_input_embeddings, site_for
+from fishmask.sites import DenseGradient, Entry, Hook, Site, hook_input_embeddings, site_for
 from fishmask.watch import Watch
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def attach(model: nn.Module, mask: Mask) -> "Tuning":
 class Tuning:
     """An attached model: its k trainable values and their life. Made by ``attach``.
 
-    Copying or pickling the model, or the Tuning, gives an independent attached pair.
+    A copied or pickled Tuning brings an attached copy of its model along. A copy of the model alone is a plain model
+    with the present weights, all frozen.
 
     Attributes:
         model: The attached model.
@@ -88,21 +89,29 @@ class Tuning:
         self.mask = mask
         self._attached = True
         self._entries: dict[str, Entry] = {}
-        self._general: dict[str, RemovableHandle] = {}  # parameters on the general path
-        self._sites: list[tuple[nn.Module, Site, list[str]]] = []
-        self._site_handles: list[RemovableHandle] = []
-        self._watch: Watch | None = None
-        self._watched = False
-        self._paused = False
         self._required_grad = {name: p.requires_grad for name, p in parameters.items()}
-        self._originals = Originals(model)
-        for p in parameters.values():
-            p.requires_grad_(False)
-        self._lay_out(mask)
+        try:
+            with torch.inference_mode(False):
+                self._originals = Originals(model)
+                self._begin()
+                self._lay_out(mask)
+        except BaseException:  # out of memory, an interrupt: leave the model as it was
+            self._let_go()
+            raise
+        for name, p in parameters.items():
+            p.requires_grad_(name in self._general)
+
+    def _begin(self) -> None:
+        """Set up what a copy must set up anew: hooks on the model, and the watch over its forward."""
+        self._general: dict[str, RemovableHandle] = {}  # parameters on the general path
+        self._sites: list[Site] = []
+        self._site_handles: list[RemovableHandle] = []
+        self._watch = Watch(self._found_elsewhere)
+        self._paused = self._stepping = False
         self._handles = [
-            model.register_forward_pre_hook(self._before_forward, prepend=True),
-            model.register_forward_hook(self._after_forward, always_call=True),
-            *hook_input_embeddings(model),
+            self.model.register_forward_pre_hook(Hook(self._before_forward), prepend=True),
+            self.model.register_forward_hook(Hook(self._after_forward), always_call=True),
+            *hook_input_embeddings(self.model),
         ]
         _LIVE.add(self)
         _hook_optimizers()
@@ -172,7 +181,8 @@ class Tuning:
             check_carriable(optimizer, self.parameters())
         self.write_back()
         self._unhook()
-        self._lay_out(mask)
+        with torch.inference_mode(False):
+            self._lay_out(mask)
         self.mask = mask
         for name in before.keys() & self._entries.keys():
             old, new = before[name], self._entries[name]
@@ -190,18 +200,13 @@ class Tuning:
         """
         self._check_attached()
         self.write_back()
-        self._unhook()
-        for handle in self._handles:
-            handle.remove()
-        for name, p in canonical_parameters(self.model).items():
-            p.requires_grad_(self._required_grad.get(name, p.requires_grad))
+        self._let_go()
         retire(self.parameters())
-        self._attached = False
-        _LIVE.discard(self)
 
     @torch.no_grad()
     def revert(self) -> None:
         """Restore the base bit for bit, also after ``detach``: entries ever masked, and buffers changed by training."""
+        self._originals.check(self.model)
         if self._attached:
             self.detach()
         self._originals.restore(self.model)
@@ -217,6 +222,7 @@ class Tuning:
 
         if self._attached:
             self.write_back()
+        self._originals.check(self.model)
         touched = Mask.from_indices(self._originals.indices, shapes=self.model)
         parameters = canonical_parameters(self.model)
         values = {name: take(parameters[name], indices) for name, indices in touched.indices.items()}
@@ -234,19 +240,21 @@ class Tuning:
         state = "attached" if self._attached else "detached"
         return f"Tuning({type(self.model).__name__}, k={self.mask.k:,} of {self.mask.n:,}, {state})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out hooks and the flat vector; ``__setstate__`` makes them again."""
+        kept = ("model", "mask", "_attached", "_required_grad", "_originals", "_entries")
+        return {name: getattr(self, name) for name in kept}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy: copies of the values become views of one vector again, and the lost tensor hooks return."""
         self.__dict__.update(state)
-        self._watch = None
-        if not self._attached:
-            return
-        self._flat = torch.cat([entry.values.detach() for entry in self._entries.values()])
-        for entry, values in zip(self._entries.values(), self._flat.split(self._sizes()), strict=True):
+        entries = self._entries.values()
+        self._flat = torch.cat([entry.values.detach() for entry in entries])
+        for entry, values in zip(entries, self._flat.split([len(e.indices) for e in entries]), strict=True):
             entry.values.data = values
         self._written = self._version()
-        for name in self._general:
-            self._generalise(name)
-        _LIVE.add(self)
+        if self._attached:
+            self._begin()
+            self._hook()
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -257,9 +265,6 @@ class Tuning:
     def _version(self) -> int:
         """Return a number that grows with every in-place change of the values."""
         return self._flat._version + sum(entry.values._version for entry in self._entries.values())
-
-    def _sizes(self) -> list[int]:
-        return [len(entry.indices) for entry in self._entries.values()]
 
     @torch.no_grad()
     def _lay_out(self, mask: Mask) -> None:
@@ -286,53 +291,61 @@ class Tuning:
             owned = {attribute: names[id(p)] for attribute, p in module._parameters.items() if id(p) in names}
             if not owned:
                 continue
-            self._site_handles.append(module.register_load_state_dict_post_hook(self._after_load))
+            self._site_handles.append(module.register_load_state_dict_post_hook(Hook(self._after_load)))
             site = site_for(module, {attribute: self._entries[name] for attribute, name in owned.items()})
             if site is None:
                 general += owned.values()
                 continue
-            self._sites.append((module, site, list(owned.values())))
+            self._sites.append(site)
             # First of all hooks: it must see the module's own output.
             self._site_handles.append(module.register_forward_hook(site, prepend=True, with_kwargs=True))
+            self._site_handles += self._watch.own(module, [self._entries[name].weight for name in owned.values()])
         for name in dict.fromkeys(general):
             self._generalise(name)
-        self._watched = False
 
     def _generalise(self, name: str) -> None:
         """Put a parameter on the general path: autograd makes its dense gradient, a hook gathers and drops it."""
         entry = self._entries[name]
-        for _, site, _ in self._sites:
+        for site in self._sites:
             site.drop(entry.values)
+        entry.weight.grad = None  # one from before attaching would be added to the next
         entry.weight.requires_grad_(True)
         self._general[name] = entry.weight.register_post_accumulate_grad_hook(DenseGradient(entry))
 
     def _unhook(self) -> None:
+        self._watch.stop(altogether=True)
         for handle in (*self._site_handles, *self._general.values()):
             handle.remove()
         for name in self._general:
             self._entries[name].weight.requires_grad_(False)
         self._site_handles, self._general, self._sites = [], {}, []
+        self._watch = Watch(self._found_elsewhere)
+
+    def _let_go(self) -> None:
+        self._unhook()
+        for handle in self._handles:
+            handle.remove()
+        for name, p in canonical_parameters(self.model).items():
+            p.requires_grad_(self._required_grad.get(name, p.requires_grad))
+        self._attached = False
+        _LIVE.discard(self)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or self._paused:
             return
-        if self._version() != self._written:
+        if self._stepping or self._version() != self._written:
             self.write_back()
         name, first = next(iter(self._entries.items()))
         if first.weight.device != self._flat.device or first.weight.dtype != self._originals.dtype(name):
             raise FishError(
                 "the model was moved or converted while attached: move it to its device and dtype first, then attach"
             )
-        if not self._watched and self._watch is None and torch.is_grad_enabled() and not _has_compiled_part(self.model):
-            weights = [(owner, [self._entries[name].weight for name in owned]) for owner, _, owned in self._sites]
-            self._watch = Watch(weights, self._found_elsewhere)
-            self._watch.__enter__()
+        if torch.is_grad_enabled() and not _has_compiled_part(self.model):
+            self._watch.start()
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._watch is not None and not torch.compiler.is_compiling():
-            self._watch.__exit__(None, None, None)
-            self._watch.close()
-            self._watch, self._watched = None, True
+        if not torch.compiler.is_compiling():
+            self._watch.stop()
 
     def _found_elsewhere(self, weight: Tensor) -> None:
         """Serve a weight that is also used outside its own module; this use and all later ones count from now on."""
@@ -342,7 +355,7 @@ class Tuning:
 
     def _pause(self, paused: bool) -> None:
         self._paused = paused
-        for _, site, _ in self._sites:
+        for site in self._sites:
             site.paused = paused
 
     def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
@@ -353,7 +366,7 @@ _LIVE: "WeakSet[Tuning]" = WeakSet()
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Whether any weight of ``model`` has entries that a Tuning trains."""
+    """Whether ``model`` shares a parameter with a model that is attached."""
     return bool(_tunings_of(model))
 
 
@@ -362,7 +375,8 @@ def paused(model: nn.Module) -> Iterator[None]:
     """Take the gradient of the weights themselves, as on a model that is not attached, to score it in mid-training."""
     tunings = _tunings_of(model)
     for tuning in tunings:
-        tuning.write_back()
+        if tuning._version() != tuning._written:
+            tuning.write_back()
         tuning._pause(True)
     try:
         yield
@@ -373,7 +387,7 @@ def paused(model: nn.Module) -> Iterator[None]:
 
 def _tunings_of(model: nn.Module) -> "list[Tuning]":
     own = {id(p) for p in model.parameters()}
-    return [t for t in list(_LIVE) if any(id(entry.weight) in own for entry in t._entries.values())]
+    return [tuning for tuning in list(_LIVE) if any(id(p) in own for p in tuning.model.parameters())]
 
 
 @cache
@@ -382,16 +396,22 @@ def _hook_optimizers() -> None:
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         refuse_retired(optimizer)
+        for tuning in _trained_by(optimizer):
+            tuning._stepping = True  # a closure runs forwards inside the step
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # The version of a tensor does not tell: fused optimizers on the CPU change it unnoticed.
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for tuning in list(_LIVE):
-            if any(id(values) in held for values in tuning.parameters()):
-                tuning.write_back()
+        for tuning in _trained_by(optimizer):
+            tuning._stepping = False
+            tuning.write_back()
 
     register_optimizer_step_pre_hook(before_step)
     register_optimizer_step_post_hook(after_step)
+
+
+def _trained_by(optimizer: Optimizer) -> "list[Tuning]":
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [tuning for tuning in list(_LIVE) if any(id(values) in held for values in tuning.parameters())]
 
 
 def _fitting(mask: Mask, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Mask:
@@ -408,8 +428,14 @@ def _fitting(mask: Mask, model: nn.Module, parameters: Mapping[str, nn.Parameter
             faults.append(f"{name}: shape {tuple(mask.shapes[name])} in the mask, {tuple(p.shape)} in the model")
         elif int(indices[-1]) >= p.numel():
             faults.append(f"{name}: index {int(indices[-1])} in the mask, {p.numel()} entries in the model")
-        elif p.dtype not in _DTYPES or p.is_meta:
-            faults.append(f"{name}: {p.dtype} on {p.device}; only float32, bfloat16 and float16 weights can be trained")
+        elif p.dtype not in _DTYPES or p.is_meta or p.is_inference():
+            made = " made in inference mode" if p.is_inference() else ""
+            faults.append(f"{name}: {p.dtype} on {p.device}{made}; must be float32, bfloat16 or float16, in memory")
+    faults += [
+        f"{path}: max_norm rewrites the embedding's rows in each forward, so entries outside the mask would move"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    ]
     if faults:
         raise ValueError("the mask does not fit the model: " + "; ".join(faults))
     chosen: dict[str, Tensor] = {}

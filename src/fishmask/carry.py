@@ -62,12 +62,20 @@ def carry_optimizer(optimizer: Optimizer, before: Mapping[str, Entry], after: Ma
             elif name in after:
                 kept.append(after[name].values)
         group["params"] = kept
-    home["params"] += [entry.values for name, entry in after.items() if name not in before]
+    added = {name: entry.values for name, entry in after.items() if name not in before}
+    home["params"] += added.values()
+    values = {id(entry.values): name for name, entry in after.items()}
+    for group in optimizer.param_groups:
+        if "param_names" in group:  # built from named_parameters()
+            group["param_names"] = [values.get(id(p), "") for p in group["params"]]
     for name, old in before.items():
         state = optimizer.state.pop(old.values, None)
         if state and name in after:
             new = after[name]
             optimizer.state[new.values] = {key: _carried_state(item, old, new) for key, item in state.items()}
+    if any(set(state) == {"momentum_buffer"} for state in optimizer.state.values()):
+        for p in added.values():  # fused SGD wants all of a group's buffers or none
+            optimizer.state[p] = {"momentum_buffer": torch.zeros_like(p)}
 
 
 def _carried_state(item: Any, old: Entry, new: Entry) -> Any:

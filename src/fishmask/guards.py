@@ -90,7 +90,7 @@ def _drops(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Score in eval mode with gradients enabled; then put back modes, requires_grad, .grad and buffers."""
+    """Score in eval mode with gradients, without autocast; then put back modes, requires_grad, .grad and buffers."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     buffers = [
@@ -100,7 +100,8 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     try:
-        with torch.inference_mode(False), torch.enable_grad(), paused(model):
+        kind = next((p.device.type for p in model.parameters()), "cpu")
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False), paused(model):
             model.eval()
             yield
     finally:

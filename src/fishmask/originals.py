@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fishmask.errors import FishError
+from fishmask.fingerprint import raw_bits
 from fishmask.params import canonical_parameters, put, take
 
 
@@ -20,6 +22,7 @@ class Originals:
 
     def __init__(self, model: nn.Module) -> None:
         self._entries: dict[str, _Original] = {}
+        self._sums = {name: (p.dtype, _sum(p)) for name, p in canonical_parameters(model).items()}
         self._buffers = {name: buffer.detach().clone() for name, buffer in _buffers(model).items()}
 
     @property
@@ -41,6 +44,28 @@ class Originals:
         merged, order = torch.cat([known.indices, new]).sort()
         bits = torch.cat([known.bits, take(weight, new)])
         self._entries[name] = _Original(merged, bits[order.to(bits.device)])
+
+    def check(self, model: nn.Module) -> None:
+        """Raise FishError if anything but the remembered entries changed, told by a sum over each parameter's bits."""
+        parameters = canonical_parameters(model)
+        changed = []
+        for name, (dtype, total) in self._sums.items():
+            p = parameters.get(name)
+            if p is None or p.dtype != dtype:
+                changed.append(name)
+                continue
+            now = _sum(p)
+            if name in self._entries:
+                original = self._entries[name]
+                now += _sum(original.bits) - _sum(take(p, original.indices))
+            if now != total:
+                changed.append(name)
+        if changed:
+            shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+            raise FishError(
+                "the base is gone: parameters were changed outside the mask, converted or removed since attach(): "
+                f"{shown}. Load other weights or convert the model before attach(), or after detach()"
+            )
 
     def restore(self, model: nn.Module) -> None:
         """Give ``model`` its base back, in place, bit for bit."""
@@ -77,6 +102,10 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
+
+
+def _sum(tensor: Tensor) -> int:
+    return int(raw_bits(tensor.detach()).sum(dtype=torch.int64))
 
 
 def _bytes(tensor: Tensor) -> Tensor:

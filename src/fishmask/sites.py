@@ -4,10 +4,11 @@ A site is a forward hook on one module. The module's own forward runs untouched 
 adds an identity node to the graph, whose backward passes the output gradient on and computes from it the gradient of
 the k values alone. No dense weight gradient lives longer than that node's backward.
 
-Sites are objects, not closures, so that an attached model can be copied and pickled.
+A copied or pickled model does not take its hooks along: they become hooks that do nothing, and the copy is a plain
+model. A copied Tuning hooks its own copy of the model again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,28 @@ class Entry:
     weight: nn.Parameter
     indices: Tensor  # int64 [K], sorted flat indices, on the weight's device
     values: nn.Parameter  # float32 [K]
+
+
+class Hook:
+    """A hook on a module that does nothing in a copy of the module."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        """Pass the module and its arguments on."""
+        return self._call(*args)
+
+    def __reduce__(self) -> Any:
+        return _nothing_to_do, ()
+
+
+def _nothing_to_do() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*args: Any) -> None:
+    """Stand for a hook in a copied module."""
 
 
 class _Collect(torch.autograd.Function):
@@ -70,12 +93,15 @@ class _Gather(torch.autograd.Function):
         return grad.flatten().index_select(0, indices).float(), None, None
 
 
-class Site:
+class Site(Hook):
     """Forward hook of one module; subclasses know how its weight is used."""
 
     def __init__(self, weight: Entry | None, bias: Entry | None) -> None:
+        super().__init__(self._attach)
         self.weight = weight
         self.bias = bias
+        # The backward of a forward that has begun needs them also after drop().
+        self.bias_indices = None if bias is None else bias.indices
         self.paused = False
 
     def drop(self, values: nn.Parameter) -> None:
@@ -85,7 +111,7 @@ class Site:
         if self.bias is not None and self.bias.values is values:
             self.bias = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+    def _attach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
         """Return the output with the values' gradient attached (a forward hook's signature)."""
         if self.paused or not torch.is_grad_enabled() or (self.weight is None and self.bias is None):
             return None
@@ -109,11 +135,11 @@ class Site:
 
     def bias_gradient(self, grad: Tensor) -> Tensor:
         """Return the gradient of the bias's values, float32 [K]."""
-        assert self.bias is not None
+        assert self.bias_indices is not None
         grad = _tokens(grad)
-        if 2 * len(self.bias.indices) < grad.shape[1]:
-            return grad.index_select(1, self.bias.indices).sum(0, dtype=torch.float32)
-        return grad.sum(0, dtype=torch.float32).index_select(0, self.bias.indices)
+        if 2 * len(self.bias_indices) < grad.shape[1]:
+            return grad.index_select(1, self.bias_indices).sum(0, dtype=torch.float32)
+        return grad.sum(0, dtype=torch.float32).index_select(0, self.bias_indices)
 
 
 class LinearSite(Site):
@@ -173,9 +199,9 @@ class ConvolutionSite(Site):
 
     @override
     def bias_gradient(self, grad: Tensor) -> Tensor:
-        assert self.bias is not None
+        assert self.bias_indices is not None
         sums = self._batched(grad).flatten(2).sum((0, 2), dtype=torch.float32)
-        return sums.index_select(0, self.bias.indices)
+        return sums.index_select(0, self.bias_indices)
 
     def _batched(self, x: Tensor) -> Tensor:
         return x if x.dim() == self.dims else x.unsqueeze(0)
@@ -223,9 +249,9 @@ class DenseGradient:
         assert grad is not None
         if grad.is_sparse:
             grad = grad.to_dense()
-        values = self.entry.values
         gathered = grad.reshape(-1).index_select(0, self.entry.indices).float()
-        values.grad = gathered if values.grad is None else values.grad + gathered
+        # Not by assignment: hooks on the values, such as those of DDP, must see it.
+        torch.autograd.backward([self.entry.values], [gathered])
 
 
 def site_for(module: nn.Module, entries: Mapping[str, Entry]) -> Site | None:
@@ -276,20 +302,16 @@ def hook_input_embeddings(model: nn.Module) -> list[RemovableHandle]:
         embeddings = getter()
     except NotImplementedError:
         return []
-    return [embeddings.register_forward_hook(_RequireGrad(model))] if isinstance(embeddings, nn.Module) else []
+    if not isinstance(embeddings, nn.Module):
+        return []
 
-
-class _RequireGrad:
-    """Forward hook that makes an output require grad while reentrant gradient checkpointing is on."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def require_grad(module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and isinstance(output, Tensor)):
             return
-        if not output.requires_grad and self.model.training and _checkpoints_reentrantly(self.model):
+        if not output.requires_grad and model.training and _checkpoints_reentrantly(model):
             output.requires_grad_(True)
+
+    return [embeddings.register_forward_hook(Hook(require_grad))]
 
 
 def _checkpoints_reentrantly(model: nn.Module) -> bool:

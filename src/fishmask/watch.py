@@ -1,11 +1,15 @@
 """Find uses of a weight that its module's site cannot see, such as ``F.linear(x, embedding.weight)``."""
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from fishmask.sites import Hook
 
 # Questions about a tensor, which no gradient flows through. Property getters all have the name __get__.
 _QUERIES = frozenset(
@@ -17,49 +21,80 @@ _TRANSPOSES = frozenset(getattr(Tensor, name).__get__ for name in ("T", "H", "mT
 
 
 class Watch(TorchFunctionMode):
-    """While active, report every watched weight that a torch function takes outside its own module's forward."""
+    """Between ``start`` and ``stop``, report every owned weight that a call takes outside its module's forward.
 
-    def __init__(self, owners: Iterable[tuple[nn.Module, Iterable[Tensor]]], report: Callable[[Tensor], None]) -> None:
+    Both may nest, and several threads may watch at a time.
+    """
+
+    def __init__(self, report: Callable[[Tensor], None]) -> None:
         super().__init__()
-        self._depth: dict[int, int] = {}
         self._report = report
-        self._handles: list[Any] = []
-        for module, weights in owners:
-            ids = [id(weight) for weight in weights]
-            self._depth.update(dict.fromkeys(ids, 0))
-            self._handles.append(module.register_forward_pre_hook(self._step(ids, 1), prepend=True))
-            self._handles.append(module.register_forward_hook(self._step(ids, -1), always_call=True))
+        self._depth: dict[int, int] = {}  # id of a weight -> how many forwards of its modules are running
+        self._thread = threading.local()
 
-    def close(self) -> None:
-        """Stop watching."""
-        for handle in self._handles:
-            handle.remove()
+    def own(self, module: nn.Module, weights: Iterable[Tensor]) -> list[RemovableHandle]:
+        """Let ``module`` use ``weights``; return the handles of the hooks that follow its forward."""
+        ids = [id(weight) for weight in weights]
+        self._depth.update(dict.fromkeys(ids, 0))
+        depth = self._depth
+
+        def enter(*_: Any) -> None:
+            if not torch.compiler.is_compiling():
+                for key in ids:
+                    depth[key] += 1
+
+        def leave(*_: Any) -> None:
+            if not torch.compiler.is_compiling():
+                for key in ids:
+                    depth[key] -= 1
+
+        return [
+            module.register_forward_pre_hook(Hook(enter), prepend=True),
+            module.register_forward_hook(Hook(leave), always_call=True),
+        ]
+
+    def start(self) -> None:
+        """Begin to watch this thread."""
+        # No owner is running now: what an interrupted forward has left behind does not count.
+        self._depth.update(dict.fromkeys(self._depth, 0))
+        if not self._count:
+            self.__enter__()
+        self._thread.count = self._count + 1
+
+    def stop(self, altogether: bool = False) -> None:
+        """End the last ``start`` of this thread, or all of them."""
+        if self._count:
+            self._thread.count = 0 if altogether else self._count - 1
+            if not self._count:
+                self.__exit__(None, None, None)
+
+    @property
+    def _count(self) -> int:
+        return getattr(self._thread, "count", 0)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        for tensor in _tensors((*args, *kwargs.values())):
-            if self._depth.get(id(tensor)) == 0 and not _is_query(func):
-                self._report(tensor)
+        # Runs at every call of the forward, so plain look-ups first.
+        depth = self._depth
+        for value in args:
+            if depth.get(id(value)) == 0 or type(value) in (list, tuple):
+                self._look(func, value)
+        if not kwargs:
+            return func(*args)
+        for value in kwargs.values():
+            if depth.get(id(value)) == 0 or type(value) in (list, tuple):
+                self._look(func, value)
         return func(*args, **kwargs)
 
-    def _step(self, ids: list[int], change: int) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            for key in ids:
-                self._depth[key] += change
-
-        return hook
+    def _look(self, func: Any, value: Any) -> None:
+        if isinstance(value, list | tuple):
+            for item in value:
+                self._look(func, item)
+        elif self._depth.get(id(value)) == 0 and not _is_query(func):
+            self._report(value)
 
 
 def _is_query(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     return name in _QUERIES or (name == "__get__" and func not in _TRANSPOSES)
-
-
-def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
