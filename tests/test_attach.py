@@ -609,7 +609,8 @@ def test_weights_used_outside_their_module(kind: str) -> None:
     pair.check()
 
 
-def test_a_use_that_comes_late_or_within_a_forward_of_its_own() -> None:
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_use_that_comes_late_or_within_a_forward_of_its_own(first: int) -> None:
     class Late(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -620,7 +621,7 @@ def test_a_use_that_comes_late_or_within_a_forward_of_its_own() -> None:
                 return self.a(x)
             self.calls += 1
             h = self(x, inner=True).relu()  # ends a forward of this very model
-            if self.calls > 2:
+            if self.calls > first:
                 h = nn.functional.linear(h, self.a.weight, self.a.bias)
             return self.b(h)
 
@@ -633,6 +634,11 @@ def test_a_use_that_comes_late_or_within_a_forward_of_its_own() -> None:
         return torch.randn(size, 3, generator=generator), torch.randn(size, 2, generator=generator)
 
     pair = Pair(Case("late", make, batch), Mask.random(make(), 0.6, seed=0))
+    if first:
+        with pytest.warns(UserWarning, match=r"a.weight is used outside its own module, which was not so at first"):
+            for seed in range(2 * STEPS):
+                pair.step(seed)
+        return
     for seed in range(2 * STEPS):
         pair.step(seed)
     pair.check()

@@ -319,3 +319,10 @@ def test_a_delta_is_not_loaded_as_a_mask(tmp_path: Path) -> None:
 def test_a_missing_file_is_reported_by_python(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Mask.load(tmp_path / "nowhere")
+
+
+def test_nothing_to_choose_from_and_a_density_that_is_no_number():
+    with pytest.raises(ValueError, match="no entries to choose from"):
+        Mask.from_scores({}, 0.5)
+    with pytest.raises(TypeError, match="density is a number"):
+        Mask.from_scores({"w": torch.ones(3)}, "0.5")

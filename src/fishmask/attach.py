@@ -5,6 +5,7 @@ vector of absolute values, the only thing that has gradients and optimizer state
 are written back into the weights, so that the model always is the trained model.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -108,6 +109,7 @@ class Tuning:
         self._site_handles: list[RemovableHandle] = []
         self._watch = Watch(self._found_elsewhere)
         self._paused = self._stepping = False
+        self._forwards = 0  # those with gradients since the mask was set
         self._handles = [
             self.model.register_forward_pre_hook(Hook(self._before_forward), prepend=True),
             self.model.register_forward_hook(Hook(self._after_forward), always_call=True),
@@ -319,7 +321,7 @@ class Tuning:
         for name in self._general:
             self._entries[name].weight.requires_grad_(False)
         self._site_handles, self._general, self._sites = [], {}, []
-        self._watch = Watch(self._found_elsewhere)
+        self._watch, self._forwards = Watch(self._found_elsewhere), 0
 
     def _let_go(self) -> None:
         self._unhook()
@@ -340,8 +342,13 @@ class Tuning:
             raise FishError(
                 "the model was moved or converted while attached: move it to its device and dtype first, then attach"
             )
-        if torch.is_grad_enabled() and not _has_compiled_part(self.model):
-            self._watch.start()
+        if torch.is_grad_enabled():
+            # Watching costs about two per cent of a forward, so it is done for the first, second, fourth, eighth ...
+            self._forwards += 1
+            turn = self._forwards & (self._forwards - 1) == 0
+            self._watch.start(turn and not _has_compiled_part(self.model))
+        else:
+            self._watch.start(False)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -352,6 +359,13 @@ class Tuning:
         for name, entry in self._entries.items():
             if entry.weight is weight and name not in self._general:
                 self._generalise(name)
+                if self._forwards > 2:
+                    warnings.warn(
+                        f"{name} is used outside its own module, which was not so at first: this use counts from now "
+                        "on, but earlier steps may have lacked its part of the gradient",
+                        UserWarning,
+                        stacklevel=2,
+                    )
 
     def _pause(self, paused: bool) -> None:
         self._paused = paused

@@ -19,7 +19,9 @@ from torch.nn import functional as F
 _GEMM = 0.0125  # one multiply-add of a dense product
 _SAMPLED = 0.16  # one multiply-add of a sampled product
 _TRANSPOSE = 0.8  # bringing one column into the row-major layout that the sampled product needs
-_TOUCH = 0.15  # reading one column of an operand
+_READ = 0.27  # reading one column of an operand for a dense product, however small the product
+_GATHER = 1.0  # copying one used column
+_SKIP = 0.05  # passing one unused column while copying
 
 # Tokens per sampled product: transposed copies of this size stay in the cache, twice as quick as whole ones.
 _CHUNK = 128
@@ -37,9 +39,10 @@ class ProductPlan:
         self, indices: Tensor, shape: Sequence[int], *, device: torch.device, sampled: bool | None = None
     ) -> None:
         rows, columns = shape
-        self.rows, row_at, n_rows = _used(indices // columns, rows)
-        self.columns, column_at, n_columns = _used(indices % columns, columns)
-        block_cost = _GEMM * n_rows * n_columns + _TOUCH * (n_rows + n_columns)
+        used_rows = len(torch.unique(indices // columns))
+        self.columns, column_at, n_columns = _used(indices % columns, columns, other=used_rows)
+        self.rows, row_at, n_rows = _used(indices // columns, rows, other=n_columns)
+        block_cost = _product_cost(n_rows, n_columns)
         sampled_cost = _SAMPLED * len(indices) + _TRANSPOSE * (n_rows + n_columns)
         # On a GPU a dense product is nearly free beside the memory traffic of a sampled one.
         self.sampled = device.type == "cpu" and sampled_cost < block_cost if sampled is None else sampled
@@ -85,8 +88,11 @@ class ConvolutionPlan:
         per_output = shape[1] * kernel
         outputs, inputs, rest = indices // per_output, indices % per_output // kernel, indices % kernel
         # With groups an output channel is tied to its own inputs, so the layer is taken whole.
-        self.outputs, output_at, n_outputs = _used(outputs, shape[0]) if groups == 1 else (None, outputs, shape[0])
-        self.inputs, input_at, n_inputs = _used(inputs, shape[1]) if groups == 1 else (None, inputs, shape[1])
+        self.outputs, output_at, n_outputs = None, outputs, shape[0]
+        self.inputs, input_at, n_inputs = None, inputs, shape[1]
+        if groups == 1:
+            self.outputs, output_at, n_outputs = _used(outputs, shape[0], other=per_output)
+            self.inputs, input_at, n_inputs = _used(inputs, shape[1], other=n_outputs * kernel)
         self.shape = (n_outputs, n_inputs, *shape[2:])
         self.position = ((output_at * n_inputs + input_at) * kernel + rest).to(device)
         self.outputs = None if self.outputs is None else self.outputs.to(device)
@@ -157,15 +163,20 @@ class LookupPlan:
         return result
 
 
-def _used(positions: Tensor, size: int) -> tuple[Tensor | None, Tensor, int]:
+def _used(positions: Tensor, size: int, other: int) -> tuple[Tensor | None, Tensor, int]:
     """Return (used positions or None for all, place of each entry among them, how many).
 
-    Compacting costs a copy of the used columns, so it is done only when at most half of them are used.
+    Compacting costs a copy, so all positions are taken unless the product with ``other`` columns gains more by it.
     """
     used, place = torch.unique(positions, return_inverse=True)
-    if len(used) > size // 2:
-        return None, positions, size
-    return used, place, len(used)
+    copy = _GATHER * len(used) + _SKIP * size
+    if copy + _product_cost(len(used), other) < _product_cost(size, other):
+        return used, place, len(used)
+    return None, positions, size
+
+
+def _product_cost(columns: int, other: int) -> float:
+    return max(_GEMM * columns * other, _READ * max(columns, other))
 
 
 @cache

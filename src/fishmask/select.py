@@ -34,9 +34,14 @@ def budget(
         Names of the kept parameters, names of the free ones, and how many entries to choose among the free ones.
 
     Raises:
-        ValueError: The density is out of range or below one entry, a name is both kept and excluded, or the kept
-            parameters or the free entries do not fit the budget.
+        TypeError: The density is no number.
+        ValueError: There are no entries, the density is out of range or below one entry, a name is both kept and
+            excluded, or the kept parameters or the free entries do not fit the budget.
     """
+    if not isinstance(density, int | float):
+        raise TypeError(f"density is a number in (0, 1], got {type(density).__name__}")
+    if not sizes or not any(sizes.values()):
+        raise ValueError("there are no entries to choose from: the scores or the model have no parameters")
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density is a fraction in (0, 1], for instance 0.005 for 0.5 %; got {density}")
     kept, excluded = matching(sizes, keep, "keep"), set(matching(sizes, exclude, "exclude"))

@@ -20,6 +20,15 @@ _QUERIES = frozenset(
 _TRANSPOSES = frozenset(getattr(Tensor, name).__get__ for name in ("T", "H", "mT", "mH"))
 
 
+class _Thread(threading.local):
+    """What one thread is doing."""
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.looking = False
+        self.depth: dict[int, int] = {}  # id of a weight -> how many forwards of its modules are running
+
+
 class Watch(TorchFunctionMode):
     """Between ``start`` and ``stop``, report every owned weight that a call takes outside its module's forward.
 
@@ -29,61 +38,59 @@ class Watch(TorchFunctionMode):
     def __init__(self, report: Callable[[Tensor], None]) -> None:
         super().__init__()
         self._report = report
-        self._depth: dict[int, int] = {}  # id of a weight -> how many forwards of its modules are running
-        self._thread = threading.local()
+        self._owned: set[int] = set()  # ids of weights
+        self._thread = _Thread()
 
     def own(self, module: nn.Module, weights: Iterable[Tensor]) -> list[RemovableHandle]:
         """Let ``module`` use ``weights``; return the handles of the hooks that follow its forward."""
         ids = [id(weight) for weight in weights]
-        self._depth.update(dict.fromkeys(ids, 0))
-        depth = self._depth
+        self._owned.update(ids)
+        thread = self._thread
 
         def enter(*_: Any) -> None:
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and thread.looking:
                 for key in ids:
-                    depth[key] += 1
+                    thread.depth[key] = thread.depth.get(key, 0) + 1
 
         def leave(*_: Any) -> None:
-            if not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and thread.looking:
                 for key in ids:
-                    depth[key] -= 1
+                    thread.depth[key] = thread.depth.get(key, 0) - 1
 
         return [
             module.register_forward_pre_hook(Hook(enter), prepend=True),
             module.register_forward_hook(Hook(leave), always_call=True),
         ]
 
-    def start(self) -> None:
-        """Begin to watch this thread."""
-        # No owner is running now: what an interrupted forward has left behind does not count.
-        self._depth.update(dict.fromkeys(self._depth, 0))
-        if not self._count:
+    def start(self, look: bool = True) -> None:
+        """Begin a forward of this thread; watch it if ``look``, or if one that it is part of is watched."""
+        thread = self._thread
+        thread.forwards += 1
+        if look and not thread.looking:
+            thread.depth.clear()  # no owner is running now
+            thread.looking = True
             self.__enter__()
-        self._thread.count = self._count + 1
 
     def stop(self, altogether: bool = False) -> None:
         """End the last ``start`` of this thread, or all of them."""
-        if self._count:
-            self._thread.count = 0 if altogether else self._count - 1
-            if not self._count:
-                self.__exit__(None, None, None)
-
-    @property
-    def _count(self) -> int:
-        return getattr(self._thread, "count", 0)
+        thread = self._thread
+        thread.forwards = 0 if altogether else max(0, thread.forwards - 1)
+        if thread.forwards == 0 and thread.looking:
+            thread.looking = False
+            self.__exit__(None, None, None)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         # Runs at every call of the forward, so plain look-ups first.
-        depth = self._depth
+        owned = self._owned
         for value in args:
-            if depth.get(id(value)) == 0 or type(value) in (list, tuple):
+            if id(value) in owned or type(value) in (list, tuple):
                 self._look(func, value)
         if not kwargs:
             return func(*args)
         for value in kwargs.values():
-            if depth.get(id(value)) == 0 or type(value) in (list, tuple):
+            if id(value) in owned or type(value) in (list, tuple):
                 self._look(func, value)
         return func(*args, **kwargs)
 
@@ -91,7 +98,7 @@ class Watch(TorchFunctionMode):
         if isinstance(value, list | tuple):
             for item in value:
                 self._look(func, item)
-        elif self._depth.get(id(value)) == 0 and not _is_query(func):
+        elif id(value) in self._owned and not self._thread.depth.get(id(value), 0) and not _is_query(func):
             self._report(value)
 
 
