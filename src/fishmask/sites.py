@@ -72,6 +72,7 @@ class _Collect(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         (kept,) = ctx.saved_tensors
+        grad = ctx.site.arrange(grad)
         _, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
         weight = ctx.site.weight_gradient(grad, kept) if needs_weight else None
         bias = ctx.site.bias_gradient(grad) if needs_bias else None
@@ -129,6 +130,10 @@ class Site(Hook):
         """Return what the backward needs of the input."""
         return x
 
+    def arrange(self, grad: Tensor) -> Tensor:
+        """Lay out the output gradient as all that follows wants it."""
+        return grad
+
     def weight_gradient(self, grad: Tensor, kept: Tensor) -> Tensor:
         """Return the gradient of the weight's values, float32 [K]."""
         raise TypeError(f"{type(self).__name__} has no weight gradient")
@@ -161,6 +166,11 @@ class LinearSite(Site):
     @override
     def keep(self, x: Tensor) -> Tensor:
         return self._input_of(x) if self.compact else x
+
+    @override
+    def arrange(self, grad: Tensor) -> Tensor:
+        # One copy for weight, bias and the layer's own backward; attention hands over transposed gradients.
+        return grad.contiguous()
 
     @override
     def weight_gradient(self, grad: Tensor, kept: Tensor) -> Tensor:
