@@ -61,8 +61,9 @@ def demo() -> str:
     last = [next(line for line in reversed(lines) if line["method"] == method) for method in RECIPES]
     identical = all(line["reload_identical"] for line in lines if line["method"] == "fish")
     reload = "identical, bit for bit" if identical else "NOT identical"
+    told = caption(last).replace(f"seed {last[0]['recipe']['seed']}.", f"seeds {', '.join(map(str, seeds))}.")
     return (
-        f"{table(COLUMNS, rows)}\n\n{count}{caption(last)} {machine(last[-1])} "
+        f"{table(COLUMNS, rows)}\n\n{count}{told} {machine(last[-1])} "
         f"The FISH delta loaded into a fresh MiniLM: predictions {reload}."
     )
 
