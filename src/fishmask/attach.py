@@ -91,9 +91,10 @@ class Tuning:
         self._attached = True
         self._entries: dict[str, Entry] = {}
         self._required_grad = {name: p.requires_grad for name, p in parameters.items()}
+        with torch.inference_mode(False):
+            self._originals = Originals(model)
         try:
             with torch.inference_mode(False):
-                self._originals = Originals(model)
                 self._begin()
                 self._lay_out(mask)
         except BaseException:  # out of memory, an interrupt: leave the model as it was
@@ -268,6 +269,11 @@ class Tuning:
         """Return a number that grows with every in-place change of the values."""
         return self._flat._version + sum(entry.values._version for entry in self._entries.values())
 
+    def _write_changes(self) -> None:
+        """Write the values back if they have changed, or may have: within a step their version does not tell."""
+        if self._stepping or self._version() != self._written:
+            self.write_back()
+
     @torch.no_grad()
     def _lay_out(self, mask: Mask) -> None:
         """Make the values of ``mask`` from the present weights, and hook the places where their gradient is taken."""
@@ -335,8 +341,7 @@ class Tuning:
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or self._paused:
             return
-        if self._stepping or self._version() != self._written:
-            self.write_back()
+        self._write_changes()
         name, first = next(iter(self._entries.items()))
         if first.weight.device != self._flat.device or first.weight.dtype != self._originals.dtype(name):
             raise FishError(
@@ -389,8 +394,7 @@ def paused(model: nn.Module) -> Iterator[None]:
     """Take the gradient of the weights themselves, as on a model that is not attached, to score it in mid-training."""
     tunings = _tunings_of(model)
     for tuning in tunings:
-        if tuning._version() != tuning._written:
-            tuning.write_back()
+        tuning._write_changes()
         tuning._pause(True)
     try:
         yield

@@ -16,6 +16,9 @@ class _Original:
     indices: Tensor  # int64, sorted flat indices, CPU
     bits: Tensor  # in the weight's dtype and on its device
 
+    def write(self, weight: Tensor) -> None:
+        put(weight, self.indices.to(self.bits.device), self.bits)
+
 
 class Originals:
     """The base's bits at every entry masked since attaching, k numbers for one mask, and copies of the buffers."""
@@ -71,7 +74,7 @@ class Originals:
         """Give ``model`` its base back, in place, bit for bit."""
         parameters, buffers = canonical_parameters(model), _buffers(model)
         for name, original in self._entries.items():
-            put(parameters[name], original.indices.to(original.bits.device), original.bits)
+            original.write(parameters[name])
         for name in self.changed_buffers(model).keys() & self._buffers.keys():
             buffers[name].copy_(self._buffers[name])
 
@@ -80,9 +83,8 @@ class Originals:
         for name, p in canonical_parameters(model).items():
             weight = p.detach()
             if name in self._entries:
-                original = self._entries[name]
                 weight = weight.clone()
-                put(weight, original.indices.to(original.bits.device), original.bits)
+                self._entries[name].write(weight)
             yield name, weight
 
     def changed_buffers(self, model: nn.Module) -> dict[str, Tensor]:

@@ -325,5 +325,6 @@ def hook_input_embeddings(model: nn.Module) -> list[RemovableHandle]:
 
 
 def _checkpoints_reentrantly(model: nn.Module) -> bool:
-    functions = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
+    # Runs in every training forward: vars() is far quicker than getattr() where a module lacks the attribute.
+    functions = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
     return any(getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions if f is not None)
