@@ -18,6 +18,7 @@ Label = Annotated[
 Task = Annotated[Literal["auto", "classification", "regression"], typer.Option(help="What the labels are.")]
 MaxLength = Annotated[int, typer.Option(help="Cut texts off after so many tokens.")]
 Model = Annotated[str, typer.Argument(help="A local model folder, or a name on the Hugging Face hub.")]
+TrainingData = Annotated[Path, typer.Argument(help="Training examples: .csv, .tsv or .jsonl.")]
 Density = Annotated[float, typer.Option(help="Share of all entries to train, as a fraction: 0.005 is 0.5 %.")]
 MaskFile = Annotated[Path, typer.Argument(help="A mask file, a delta file, or the folder of a training run.")]
 
@@ -26,7 +27,7 @@ app = typer.Typer(no_args_is_help=True, help="Choose the entries to train, and l
 
 def score(
     model: Model,
-    data: Annotated[Path, typer.Argument(help="Training examples: .csv, .tsv or .jsonl.")],
+    data: TrainingData,
     text: Text = "text",
     label: Label = "label",
     pair: Pair = None,

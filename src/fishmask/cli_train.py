@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fishmask.cli_mask import Density, Exclude, Json, Keep, Label, MaxLength, Model, Pair, Task, Text
+from fishmask.cli_mask import Density, Exclude, Json, Keep, Label, MaxLength, Model, Pair, Task, Text, TrainingData
 from fishmask.console import bars, report
 
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a training run.")]
@@ -13,7 +13,7 @@ RunFolder = Annotated[Path, typer.Argument(help="The folder of a training run.")
 
 def train(
     model: Model,
-    data: Annotated[Path, typer.Argument(help="Training examples: .csv, .tsv or .jsonl.")],
+    data: TrainingData,
     text: Text = "text",
     label: Label = "label",
     pair: Pair = None,
