@@ -44,11 +44,15 @@ class Examples:
         return len(self.texts)
 
 
-def read_table(path: str | Path) -> Table:
+def read_table(path: str | Path, columns: Sequence[str] = ()) -> Table:
     """Read a table of text, one list of strings per column.
 
     The suffix decides the format: ``.csv`` (quoted as usual), ``.tsv`` (no quoting at all, as in GLUE), both with a
     header line, or ``.jsonl`` (one object per line). The encoding is UTF-8.
+
+    Args:
+        path: The file.
+        columns: The names of the columns of a ``.csv`` or ``.tsv`` without a header line.
 
     Raises:
         ValueError: The suffix is none of these.
@@ -63,6 +67,8 @@ def read_table(path: str | Path) -> Table:
             rows = list(_rows_jsonl(path, file) if path.suffix == ".jsonl" else _rows_of_text(path.suffix, file))
     except UnicodeDecodeError as error:
         raise FishError(f"{path}: not UTF-8 at byte {error.start}; save the table in UTF-8") from error
+    if columns:
+        rows.insert(0, list(columns))
     if len(rows) < 2:
         raise FishError(f"{path}: expected a header and at least one row, found {len(rows)} line(s)")
     header, *body = rows
@@ -119,14 +125,27 @@ def read_examples(
     Raises:
         ValueError: A column is missing (the message lists those there are), or a label does not suit the task.
     """
-    table = read_table(path)
-    missing = [name for name in (text, pair, label) if name is not None and name not in table]
+    return examples_of(read_table(path), str(path), text, label, pair=pair, task=task, classes=classes)
+
+
+def examples_of(
+    table: Table,
+    name: str,
+    text: str,
+    label: str | None = None,
+    *,
+    pair: str | None = None,
+    task: Task = "auto",
+    classes: Sequence[str] = (),
+) -> Examples:
+    """Take labelled examples from a table; ``name`` is what errors call it, the rest as for :func:`read_examples`."""
+    missing = [column for column in (text, pair, label) if column is not None and column not in table]
     if missing:
-        raise ValueError(f"{path}: no column {', '.join(map(repr, missing))}; it has: {', '.join(table)}")
+        raise ValueError(f"{name}: no column {', '.join(map(repr, missing))}; it has: {', '.join(table)}")
     pairs = None if pair is None else table[pair]
     if label is None:
         return Examples(table[text], pairs)
-    targets, classes = _targets(table[label], task, tuple(classes), f"{path}: column {label!r}")
+    targets, classes = _targets(table[label], task, tuple(classes), f"{name}: column {label!r}")
     return Examples(table[text], pairs, targets, classes)
 
 
