@@ -1,4 +1,4 @@
-"""Per-example squared gradients the slow way: one example at a time, in float64, with ordinary losses."""
+"""Squared or absolute per-example gradients the slow way: one example at a time, in float64, with ordinary losses."""
 
 import copy
 from collections.abc import Iterator
@@ -55,14 +55,14 @@ def gradients(output: Tensor, parameters: dict) -> dict[str, Tensor]:
     return {k: torch.zeros_like(p) if g is None else g for (k, p), g in zip(parameters.items(), found, strict=True)}
 
 
-def reference(c: Case, batch, count: int, labels: str) -> dict[str, Tensor]:
+def reference(c: Case, batch, count: int, labels: str, power=torch.square) -> dict[str, Tensor]:
     model = reference_model(c)
     parameters = canonical_parameters(model)
     total = {k: torch.zeros_like(p) for k, p in parameters.items()}
 
     def add(loss: Tensor, weight: float = 1.0) -> None:
         for k, g in gradients(loss, parameters).items():
-            total[k] += weight * g.square()
+            total[k] += weight * power(g)
 
     for n in range(count):
         z, y = logits_and_labels(c, model, one(batch, n))
@@ -71,7 +71,7 @@ def reference(c: Case, batch, count: int, labels: str) -> dict[str, Tensor]:
         elif y.is_floating_point():
             for d in range(z.shape[1]):
                 add(z[0, d])
-        else:  # the paper's form, sum over classes of p_c g_c²; positions are independent given the inputs
+        else:  # the paper's form, sum over classes of p_c g_c² or p_c |g_c|; positions are independent given the inputs
             log_p = z.log_softmax(-1)
             for m in range(len(z)):
                 for k in range(z.shape[1]):
@@ -102,7 +102,7 @@ def falls_back(c: Case) -> Iterator[None]:
     assert len(caught) == 1
 
 
-def loop(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+def loop(model: nn.Module, batch: tuple[Tensor, Tensor], power=torch.square) -> dict[str, Tensor]:
     """The scores of a model with one number per example, under a Gaussian likelihood."""
     model = copy.deepcopy(model).double()
     parameters = canonical_parameters(model)
@@ -110,5 +110,5 @@ def loop(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     for n in range(len(batch[1])):
         x, y = one(batch, n)
         for k, g in gradients(0.5 * (model(x) - y).square().sum(), parameters).items():
-            total[k] += g.square()
+            total[k] += power(g)
     return total

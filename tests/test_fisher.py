@@ -11,8 +11,17 @@ from transformers import BatchEncoding
 from fishmask import FishError, fisher
 from fishmask.fisher import scores
 from fishmask.params import canonical_parameters
-from tests.cases import CASES, case
-from tests.reference import assert_close, falls_back, gradients, logits_and_labels, one, reference, reference_model
+from tests.cases import BERT, CASES, Case, case, hf, tokens
+from tests.reference import (
+    assert_close,
+    falls_back,
+    gradients,
+    logits_and_labels,
+    loop,
+    one,
+    reference,
+    reference_model,
+)
 
 by_name = pytest.mark.parametrize("c", CASES, ids=str)
 
@@ -123,6 +132,107 @@ def test_half_precision_weights(dtype, engine):
     batch = c.batch(4, 1)
     found = fisher(c.make().to(dtype), [batch], examples=4, engine=engine)
     assert_close(found, reference(c, batch, 4, "given"), tolerance=0.25 if dtype == torch.bfloat16 else 0.05)
+
+
+# -- absolute values --------------------------------------------------------------------------------------------------
+
+
+def absolute(c, batch, **options):
+    count = len(batch[1] if isinstance(batch, tuple) else batch["labels"])
+    return scores(c.make(), [batch], method="absolute", examples=count, **options)
+
+
+def assert_near(ours, theirs, tolerance=1e-5):
+    """A key's bias, which is nothing but rounding, is larger beside the rest than among squares."""
+    assert_close(ours, theirs, tolerance, floor=1e-2)
+
+
+@by_name
+def test_absolute_values_of_given_labels(c):
+    batch = c.batch(4, 1)
+    expected = reference(c, batch, 4, "given", torch.abs)
+    with falls_back(c):
+        assert_near(absolute(c, batch), expected)
+    assert_near(absolute(c, batch, engine="loop"), expected)
+
+
+ONE_LABEL = [c for c in SMALL if c.name not in ("sequence", "regression", "bert-tokens")]
+
+
+@pytest.mark.parametrize("c", ONE_LABEL, ids=str)
+def test_absolute_values_of_expected_labels(c):
+    batch = c.batch(3, 2)
+    expected = reference(c, batch, 3, "expected", torch.abs)
+    with falls_back(c):
+        assert_near(absolute(c, batch, labels="expected"), expected)
+    assert_near(absolute(c, batch, labels="expected", engine="loop"), expected)
+
+
+def test_absolute_values_of_two_expected_classes_take_one_pass():
+    c = Case("bert-two", hf("BertForSequenceClassification", "BertConfig", **BERT, num_labels=2), tokens("class"))
+    batch = c.batch(3, 2)
+    batch["labels"].clamp_(max=1)
+    assert_near(absolute(c, batch, labels="expected"), reference(c, batch, 3, "expected", torch.abs))
+
+
+@by_name
+def test_absolute_values_of_sampled_labels_are_the_same_in_both_engines(c):
+    batch = c.batch(4, 4)
+    with falls_back(c):
+        found = absolute(c, batch, labels="sampled", seed=7)
+    assert_near(found, absolute(c, batch, labels="sampled", seed=7, engine="loop"))
+
+
+@pytest.mark.parametrize("bernoulli", [False, True])
+def test_absolute_values_of_one_expected_number_or_flag(bernoulli):
+    """One output, with labels drawn from the model's own distribution: their mean is the expectation."""
+    settings = {"num_labels": 1, "problem_type": "multi_label_classification" if bernoulli else "regression"}
+    c = Case("bert-one", hf("BertForSequenceClassification", "BertConfig", **BERT, **settings), tokens("class"))
+    batch = c.batch(1, 2)
+    many = {k: v.expand(2000, *v.shape[1:]).contiguous() for k, v in batch.items()}
+    many["labels"] = torch.zeros(2000, 1)
+    batch["labels"] = torch.zeros(1, 1)
+    drawn = absolute(c, many, labels="sampled")
+    assert_near({k: s / 2000 for k, s in drawn.items()}, absolute(c, batch, labels="expected"), tolerance=0.05)
+
+
+@pytest.mark.parametrize("name", ["sequence", "regression", "bert-tokens", "gpt2"])
+def test_absolute_values_of_several_expected_labels_are_refused(name):
+    with pytest.raises(ValueError, match=r"one label for each example, got [2-7]: .* use labels='given' or 'sampled'"):
+        absolute(case(name), case(name).batch(3, 2), labels="expected")
+
+
+def test_absolute_values_in_half_precision_and_of_an_own_loss():
+    c = case("bert-padded")
+    batch = c.batch(4, 1)
+    expected = reference(c, batch, 4, "given", torch.abs)
+
+    def loss(model, batch):
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        return F.cross_entropy(model(**inputs).logits, batch["labels"], reduction="none")
+
+    for engine in ("batched", "loop"):
+        assert_near(absolute(c, batch, loss=loss, engine=engine), expected)
+        half = scores(c.make().bfloat16(), [batch], method="absolute", examples=4, engine=engine)
+        assert_near(half, expected, tolerance=0.25)
+
+
+@pytest.mark.parametrize("parameter", [lambda m, x: x + m.w, lambda m, x: x * m.w.expand_as(x)])
+def test_absolute_values_leave_the_gradients_of_autograd_alone(parameter):
+    """The loop's gradients may be views, or one tensor handed out for two parameters."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.v = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(()))
+
+        def forward(self, x):
+            return (torch.tanh(parameter(self, x)) + self.v).sum(1)
+
+    model, batch = Both(), (torch.randn(4, 5), torch.randn(4))
+    for engine in ("batched", "loop"):
+        found = scores(model, [batch], method="absolute", examples=4, engine=engine)
+        assert_near(found, loop(model, batch, torch.abs))
 
 
 # -- other losses and batches -----------------------------------------------------------------------------------------
@@ -303,7 +413,7 @@ def test_magnitude_and_random_need_no_batches():
 
 def test_wrong_methods_are_refused():
     c = case("mlp")
-    with pytest.raises(ValueError, match="method must be one of fisher, gradient, snip, magnitude, random"):
+    with pytest.raises(ValueError, match="method must be one of fisher, absolute, gradient, snip, magnitude, random"):
         scores(c.make(), [c.batch(4, 0)], method="best")
     with pytest.raises(ValueError, match="needs batches"):
         scores(c.make(), method="gradient")

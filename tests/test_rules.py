@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fishmask import FishError, fisher
+from fishmask.fisher import scores
 from tests.cases import case, hf, seeded
 from tests.reference import assert_close, loop
 
@@ -47,6 +48,8 @@ def known(model: nn.Module, batch) -> None:
         warnings.filterwarnings("ignore", "Using padding='same'")
         found = fisher(model, [batch], examples=len(batch[1]), engine="batched")
         assert_close(found, loop(model, batch))
+        found = scores(model, [batch], method="absolute", examples=len(batch[1]), engine="batched")
+        assert_close(found, loop(model, batch, torch.abs), floor=1e-2)
 
 
 def refused(model: nn.Module, batch, message: str) -> None:

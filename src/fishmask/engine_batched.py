@@ -1,9 +1,9 @@
-"""The fast engine: one forward and one backward for a whole batch, exact per-example squares for each parameter.
+"""The fast engine: one forward and one backward for a whole batch, the exact sum over examples for each parameter.
 
-The parameters are frozen, so autograd computes derivatives by activations only. A `TorchFunctionMode` sees each call
-that uses a parameter and records rules for it (`calls`), which turn dY into per-example gradients (`rules`) while the
-backward runs. No [B, O, I] tensor and no .grad is made: memory is the scores, the activations of the batch and one
-layer of scratch.
+What is summed is the square of each example's gradient or its absolute value (`Power`). The parameters are frozen, so
+autograd computes derivatives by activations only. A `TorchFunctionMode` sees each call that uses a parameter and
+records rules for it (`calls`), which turn dY into per-example gradients (`rules`) while the backward runs. No
+[B, O, I] tensor and no .grad is made: memory is the scores, the activations of the batch and one layer of scratch.
 
 Whatever it cannot prove exact it refuses before any score is touched:
 
@@ -175,7 +175,7 @@ class Recording(Guard):
 
 
 class BatchedEngine:
-    """Adds squared gradients to the scores, a batch at a time; the parameters must be frozen."""
+    """Adds each example's squared or absolute gradients to the scores, a batch at a time; parameters must be frozen."""
 
     def __init__(
         self,
@@ -269,13 +269,13 @@ class BatchedEngine:
             rule.receive(dY)
             name = rule.view.name
             if self._uses[name] == 1:
-                rule.square_(rule.view.of(self.scores[name]), self._scratch)
+                rule.sum_(self.likelihood.power, rule.view.of(self.scores[name]), self._scratch)
                 rule.forget()
                 continue
             waiting = self._waiting.setdefault(name, [])
             waiting.append(rule)
             if len(waiting) == self._uses[name]:
-                self._square_together(name, self._waiting.pop(name))
+                self._sum_together(name, self._waiting.pop(name))
 
     def _check_trial(self, rules: list[Rule], dY: Tensor, n: int) -> None:
         rows = dY.reshape(self._examples, -1)
@@ -286,19 +286,19 @@ class BatchedEngine:
             )
 
     def _flush(self) -> None:
-        """Square what still waits: some of the uses had no part in the output."""
+        """Sum what still waits: some of the uses had no part in the output."""
         for name, rules in self._waiting.items():
-            self._square_together(name, rules)
+            self._sum_together(name, rules)
         self._waiting.clear()
 
-    def _square_together(self, name: str, rules: list[Rule]) -> None:
-        """Add the gradients of all uses of a parameter, example by example, and square the sum."""
+    def _sum_together(self, name: str, rules: list[Rule]) -> None:
+        """Add the gradients of all uses of a parameter, example by example, and take the power of the sum."""
         scores = self.scores[name]
         for n in range(self._examples):
             gradient = self._scratch(scores.shape).zero_()
             for rule in rules:
                 rule.add_(n, rule.view.of(gradient))
-            scores.addcmul_(gradient, gradient)
+            self.likelihood.power.add_(scores, gradient)
         for rule in rules:
             rule.forget()
 

@@ -11,7 +11,7 @@ from fishmask.likelihoods import Likelihood
 
 
 class LoopEngine:
-    """Adds each example's squared gradients to the scores; the parameters must require gradients."""
+    """Adds each example's squared or absolute gradients to the scores; the parameters must require gradients."""
 
     def __init__(
         self,
@@ -31,13 +31,14 @@ class LoopEngine:
                 continue  # this example went a way through the model that uses no parameter
             for number, cotangent in enumerate(evaluation.cotangents(), start=1):
                 more = number < evaluation.passes
-                self._add_squares(evaluation.output, cotangent, keep_graph=more)
+                self._add_powers(evaluation.output, cotangent, keep_graph=more)
 
-    def _add_squares(self, output: Tensor, cotangent: Tensor, keep_graph: bool) -> None:
+    def _add_powers(self, output: Tensor, cotangent: Tensor, keep_graph: bool) -> None:
         gradients = torch.autograd.grad(
             output, list(self.parameters.values()), cotangent, retain_graph=keep_graph, allow_unused=True
         )
         for name, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is not None:
                 dense = gradient.to_dense() if gradient.is_sparse else gradient  # Embedding(sparse=True)
-                self.scores[name].addcmul_(dense.float(), dense.float())
+                # Not in place: autograd may hand out the same memory twice, or memory that it still needs.
+                self.scores[name].add_(self.likelihood.power.of(dense.float()))

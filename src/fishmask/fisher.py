@@ -18,9 +18,10 @@ from fishmask.errors import FishError
 from fishmask.guards import Guard, check_independence, left_as_found, require_gradients
 from fishmask.likelihoods import Labels, Likelihood, Loss
 from fishmask.params import canonical_parameters
+from fishmask.rules import ABSOLUTE, SQUARE, Power
 
 Engine = Literal["auto", "batched", "loop"]
-Method = Literal["fisher", "gradient", "snip", "magnitude", "random"]
+Method = Literal["fisher", "absolute", "gradient", "snip", "magnitude", "random"]
 
 
 def fisher(
@@ -68,16 +69,9 @@ def fisher(
         >>> {name: list(score.shape) for name, score in scores.items()}
         {'weight': [3, 2], 'bias': [3]}
     """
-    likelihood = _checked(model, labels, examples, loss, engine, seed)
-    parameters = canonical_parameters(model)
-    with left_as_found(model), _counter(progress, examples) as advance:
-        scores = _zeros(parameters)
-        run = _Run(model, parameters, likelihood, scores, engine)
-        for first, batch in _taken(batches, examples, _device(model)):
-            run.add(batch, first)
-            advance(size(batch))
-    _check_finite(scores)
-    return scores
+    return _example_sums(
+        model, batches, _checked(model, labels, examples, loss, engine, seed), examples, engine, progress
+    )
 
 
 def scores(
@@ -97,9 +91,11 @@ def scores(
     Args:
         model: As for `fisher`.
         batches: As for `fisher`; "magnitude" and "random" need none.
-        method: "fisher" (`fisher`); "gradient", |g| for g the gradient of -log p summed over the examples; "snip",
-            |w g|; "magnitude", |w|; "random", uniform in [0, 1) and decided by ``seed`` alone.
-        labels: As for `fisher`; "expected" is for "fisher" only, since the expectation of g is zero.
+        method: "fisher" (`fisher`); "absolute", the same sum with |d log p / d theta| in place of its square;
+            "gradient", |g| for g the gradient of -log p summed over the examples; "snip", |w g|; "magnitude", |w|;
+            "random", uniform in [0, 1) and decided by ``seed`` alone.
+        labels: As for `fisher`. "expected" is for "fisher" and "absolute" only, since the expectation of g is zero; for
+            "absolute" it takes one pass for each class (one for two classes), and an example must have one label.
         examples: As for `fisher`.
         loss: As for `fisher`.
         engine: As for `fisher`; for "gradient" and "snip", "loop" takes examples singly and the others whole batches.
@@ -115,7 +111,7 @@ def scores(
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
-    likelihood = _checked(model, labels, examples, loss, engine, seed)
+    likelihood = _checked(model, labels, examples, loss, engine, seed, ABSOLUTE if method == "absolute" else SQUARE)
     parameters = canonical_parameters(model)
     if method == "random":
         return {
@@ -128,9 +124,8 @@ def scores(
         return magnitudes
     if batches is None:
         raise ValueError(f"method={method!r} needs batches; only 'magnitude' and 'random' do without")
-    if method == "fisher":
-        options: dict[str, Any] = {"labels": labels, "examples": examples, "loss": loss, "engine": engine}
-        return fisher(model, batches, **options, seed=seed, progress=progress)
+    if method in ("fisher", "absolute"):
+        return _example_sums(model, batches, likelihood, examples, engine, progress)
     if labels == "expected":
         raise ValueError(f"labels='expected' makes every score of method={method!r} zero; use 'given' or 'sampled'")
     sums = _gradient_sums(model, batches, likelihood, examples, 1 if engine == "loop" else None, progress)
@@ -140,6 +135,26 @@ def scores(
         sums[name].abs_()
     _check_finite(sums)
     return sums
+
+
+def _example_sums(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    likelihood: Likelihood,
+    examples: int,
+    engine: Engine,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """Return the sum over examples of squared or absolute gradients, each example's on its own."""
+    parameters = canonical_parameters(model)
+    with left_as_found(model), _counter(progress, examples) as advance:
+        scores = _zeros(parameters)
+        run = _Run(model, parameters, likelihood, scores, engine)
+        for first, batch in _taken(batches, examples, _device(model)):
+            run.add(batch, first)
+            advance(size(batch))
+    _check_finite(scores)
+    return scores
 
 
 class _Run:
@@ -173,7 +188,7 @@ class _Run:
                 ) from None
             name = type(self._model).__name__
             message = f"{name} is scored one example at a time by the loop engine, because {reason}"
-            warnings.warn(message, UserWarning, stacklevel=3)
+            warnings.warn(message, UserWarning, stacklevel=4)
             self._engine = self._loop
             require_gradients(self._model, True)
             self._loop.add(batch, first)
@@ -223,7 +238,13 @@ def _gradient_sums(
 
 
 def _checked(
-    model: nn.Module, labels: Labels, examples: int, loss: Loss | None, engine: Engine, seed: int
+    model: nn.Module,
+    labels: Labels,
+    examples: int,
+    loss: Loss | None,
+    engine: Engine,
+    seed: int,
+    power: Power = SQUARE,
 ) -> Likelihood:
     """Validate the arguments before any work."""
     if not isinstance(model, nn.Module):
@@ -249,7 +270,7 @@ def _checked(
         )
     if not canonical_parameters(model):
         raise ValueError(f"{type(model).__name__} has no floating-point parameters to score")
-    return Likelihood(labels, loss, seed)
+    return Likelihood(labels, loss, seed, power)
 
 
 def _zeros(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -274,7 +295,7 @@ def _taken(batches: Iterable[Batch], examples: int, device: torch.device) -> Ite
         raise ValueError("batches has no examples; is it an iterator that was used up before?")
     if done < examples:
         message = f"only {done} examples were scored, because batches has no more; examples={examples} were asked for"
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warnings.warn(message, UserWarning, stacklevel=4)
 
 
 def _check_finite(scores: dict[str, Tensor]) -> None:

@@ -1,9 +1,11 @@
 """Per-example log-likelihoods, as an output of the model and the cotangents to pull back through it.
 
-The score of a parameter entry is a sum of squared derivatives. For each example n and each cotangent a, shaped like
-the model's output z, it gains (d <a[n], z[n]> / d theta)². One cotangent, d(-log p)/dz, gives the squared gradient of
-a given or sampled label. For the expectation over the labels, sum_y p(y) g_y², any square root of the Fisher matrix of
-z serves as the set of cotangents; the Cholesky factor of diag(p) - p pᵀ has one column fewer than there are classes.
+The score of a parameter entry is a sum of squared or absolute derivatives. For each example n and each cotangent a,
+shaped like the model's output z, it gains (d <a[n], z[n]> / d theta)², or the absolute value. One cotangent,
+d(-log p)/dz, gives the gradient of a given or sampled label. For the expectation of squares over the labels,
+sum_y p(y) g_y², any square root of the Fisher matrix of z serves as the set of cotangents; the Cholesky factor of
+diag(p) - p pᵀ has one column fewer than there are classes. The expectation of absolute values, sum_y p(y) |g_y|, has no
+such root: it takes p(y) d(-log p(y))/dz for every label y.
 
 Sums, never means: an example with several positions has the log-likelihood of its whole sequence, the sum over its
 positions.
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fishmask.batches import Batch, size
+from fishmask.rules import ABSOLUTE, SQUARE, Power
 
 Labels = Literal["given", "expected", "sampled"]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -54,11 +57,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How labels enter the score: the convention, a user's own loss if any, and the seed of sampled labels."""
+    """How labels enter the score.
+
+    Attributes:
+        labels: The convention, as for `fishmask.fisher`.
+        loss: A user's own loss, if any.
+        seed: Decides sampled labels.
+        power: Whether gradients are squared or taken absolute, which differ in the expectation over labels.
+    """
 
     labels: Labels = "given"
     loss: Loss | None = None
     seed: int = 0
+    power: Power = SQUARE
 
     def __call__(self, model: nn.Module, batch: Batch, first: int) -> Evaluation:
         """Run the model on ``batch``, whose first example is number ``first`` of the whole run."""
@@ -79,13 +90,15 @@ class Likelihood:
         if self.labels == "sampled":
             sampled = problem.sampled(self.seed, first)
             return Evaluation(output, 1, lambda: iter([sampled.to(output.dtype)]))
-        passes = problem.passes()
+        absolute = self.power is ABSOLUTE
+        passes = problem.passes_absolute() if absolute else problem.passes()
         if passes > MOST_PASSES:
             raise ValueError(
                 f"labels='expected' would take {passes:,} backward passes for every batch (one per position and "
                 f"class; at most {MOST_PASSES:,} are done); use labels='sampled', which takes one"
             )
-        return Evaluation(output, passes, lambda: (a.to(output.dtype) for a in problem.expected()))
+        expected = problem.expected_absolute if absolute else problem.expected
+        return Evaluation(output, passes, lambda: (a.to(output.dtype) for a in expected()))
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ class Problem:
         return self._residual(below.sum(-1).clamp_(max=self.output.shape[-1] - 1))
 
     def passes(self) -> int:
-        """Return the number of cotangents of the expectation over labels."""
+        """Return the number of cotangents of the expectation of squares over labels."""
         if self.counted is None:
             return math.prod(self.output.shape[1:])
         most = int(self.counted.flatten(1).sum(1).max()) if self.counted.dim() > 1 else 1
@@ -142,6 +155,38 @@ class Problem:
             column = torch.zeros_like(flat)
             column[:, d] = scale[:, d]
             yield column.view(self.output.shape)
+
+    def passes_absolute(self) -> int:
+        """Return the number of cotangents of the expectation of absolute values; refuse more labels than one."""
+        labels = math.prod(self.output.shape[1:])
+        if self.counted is not None:
+            labels = int(self.counted.flatten(1).sum(1).max()) if self.counted.dim() > 1 else 1
+        if labels > 1:
+            raise ValueError(
+                f"labels='expected' with method='absolute' needs one label for each example, got {labels}: the "
+                "absolute value of a sum over labels has no expectation that is a sum of passes; use labels='given' or "
+                "'sampled'"
+            )
+        classes = self.output.shape[-1]
+        return classes if self.counted is not None and classes > 2 else 1
+
+    def expected_absolute(self) -> Iterator[Tensor]:
+        """Yield p(label) times the derivative of -log p(label), for one label after the other.
+
+        Two labels have the same up to sign, so one pass of double weight serves both. The gaussian's labels are the
+        mean plus normal noise, of mean absolute value sqrt(2 / pi).
+        """
+        if self.kind == "gaussian":
+            yield torch.full_like(self.output, math.sqrt(2 / math.pi), dtype=torch.float64)
+        elif self.kind == "bernoulli":
+            z = self.output.double()
+            yield 2 * z.sigmoid() * (-z).sigmoid()
+        else:
+            p = self.output.double().softmax(-1)
+            passes = self.passes_absolute()
+            for c in range(passes):
+                weight = (2 if p.shape[-1] == 2 else 1) * p[..., c, None]
+                yield weight * self._residual(torch.full(p.shape[:-1], c, device=p.device))
 
     def _residual(self, labels: Tensor) -> Tensor:
         """Return mean - label: the derivative of -log p by the output, for all three kinds."""

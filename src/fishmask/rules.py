@@ -17,6 +17,23 @@ TILE_BYTES = 1 << 19  # a tile of scratch and one of scores stay in the level-2 
 
 
 @dataclass(frozen=True)
+class Power:
+    """What is summed over examples: the square of each gradient, or its absolute value.
+
+    Attributes:
+        of: Takes it entry by entry. It is multiplicative: of(a b) = of(a) of(b).
+        add_: Adds it for one gradient to the scores (scores, gradient); the gradient may be overwritten.
+    """
+
+    of: Callable[[Tensor], Tensor]
+    add_: Callable[[Tensor, Tensor], object]
+
+
+SQUARE = Power(torch.square, lambda scores, gradient: scores.addcmul_(gradient, gradient))
+ABSOLUTE = Power(torch.abs, lambda scores, gradient: scores.add_(gradient.abs_()))
+
+
+@dataclass(frozen=True)
 class View:
     """A parameter, or a view of one that the forward made, such as ``weight.t()``.
 
@@ -46,8 +63,8 @@ class Rule(ABC):
         """Add the gradient of example ``n``."""
 
     @abstractmethod
-    def square_(self, acc: Tensor, scratch: Callable[[torch.Size], Tensor]) -> None:
-        """Add the sum over examples of squared gradients."""
+    def sum_(self, power: Power, acc: Tensor, scratch: Callable[[torch.Size], Tensor]) -> None:
+        """Add the sum over examples of squared or absolute gradients."""
 
     @abstractmethod
     def forget(self) -> None:
@@ -72,10 +89,10 @@ class Small(Rule):
         assert self._gradients is not None
         out.add_(self._gradients[n])
 
-    def square_(self, acc: Tensor, scratch: Callable[[torch.Size], Tensor]) -> None:
-        """Square all and sum."""
+    def sum_(self, power: Power, acc: Tensor, scratch: Callable[[torch.Size], Tensor]) -> None:
+        """Take the power of all and sum."""
         assert self._gradients is not None
-        acc.add_(self._gradients.square().sum(0))
+        acc.add_(power.of(self._gradients).sum(0))
 
     def forget(self) -> None:
         """Drop the gradients."""
@@ -86,7 +103,7 @@ class Product(Rule):
     """A matrix product with inputs x [B, M, I]: gradient dYᵀ X [O, I], or Xᵀ dY where the weight is stored [I, O].
 
     A position whose dY is exactly zero (padding; all but the first position in the last block of a classifier) adds
-    nothing and is dropped. With at most one position left the square of the product is the product of the squares.
+    nothing and is dropped. With at most one position left the power of the product is the product of the powers.
     """
 
     def __init__(self, view: View, x: Tensor, x_first: bool) -> None:
@@ -118,11 +135,11 @@ class Product(Rule):
         left, right = self._factors(n)
         out.addmm_(left.t(), right)
 
-    def square_(self, acc: Tensor, scratch: Callable[[torch.Size], Tensor]) -> None:
-        """Multiply and square example by example, in row tiles that stay in the cache."""
+    def sum_(self, power: Power, acc: Tensor, scratch: Callable[[torch.Size], Tensor]) -> None:
+        """Multiply and take the power example by example, in row tiles that stay in the cache."""
         assert self._dY is not None
         if self._dY.shape[1] == 1 or (self._live is not None and int(self._live.sum(1).max()) <= 1):
-            self._square_single(acc)
+            self._sum_single(power, acc)
             return
         factors = [self._factors(n) for n in range(self._dY.shape[0])]
         rows, columns = acc.shape
@@ -133,14 +150,14 @@ class Product(Rule):
             product = tile[: part.shape[0]]
             for left, right in factors:
                 torch.mm(left[:, start : start + step].t(), right, out=product)
-                part.addcmul_(product, product)
+                power.add_(part, product)
 
-    def _square_single(self, acc: Tensor) -> None:
+    def _sum_single(self, power: Power, acc: Tensor) -> None:
         assert self._dY is not None
         rows = torch.arange(self._dY.shape[0], device=acc.device)
         at = torch.zeros_like(rows) if self._live is None else self._live.to(torch.int8).argmax(1)
-        dY2, x2 = self._dY[rows, at].float().square(), self._x[rows, at].float().square()
-        left, right = (x2, dY2) if self._x_first else (dY2, x2)
+        dY, x = power.of(self._dY[rows, at].float()), power.of(self._x[rows, at].float())
+        left, right = (x, dY) if self._x_first else (dY, x)
         acc.addmm_(left.t(), right)
 
     def forget(self) -> None:
@@ -168,15 +185,15 @@ class Lookup(Rule):
         assert self._dY is not None
         out.index_add_(0, self._ids[n], self._dY[n])
 
-    def square_(self, acc: Tensor, scratch: Callable[[torch.Size], Tensor]) -> None:
-        """Sum rows with equal example and id, square, and add them to the table."""
+    def sum_(self, power: Power, acc: Tensor, scratch: Callable[[torch.Size], Tensor]) -> None:
+        """Sum rows with equal example and id, take the power, and add them to the table."""
         assert self._dY is not None
         B, V = self._ids.shape[0], acc.shape[0]
         keys = self._ids + V * torch.arange(B, device=self._ids.device)[:, None]
         unique, inverse = keys.unique(return_inverse=True)
         rows = self._dY.new_zeros(unique.shape[0], acc.shape[1])
         rows.index_add_(0, inverse.flatten(), self._dY.flatten(0, 1))
-        acc.index_add_(0, unique % V, rows.square_())
+        acc.index_add_(0, unique % V, power.of(rows))
 
     def forget(self) -> None:
         """Drop dY."""
@@ -217,12 +234,11 @@ class Convolution(Rule):
         """Add one gradient."""
         out.add_(self._gradient(n))
 
-    def square_(self, acc: Tensor, scratch: Callable[[torch.Size], Tensor]) -> None:
-        """Square example by example."""
+    def sum_(self, power: Power, acc: Tensor, scratch: Callable[[torch.Size], Tensor]) -> None:
+        """Take the power example by example."""
         assert self._dY is not None
         for n in range(self._dY.shape[0]):
-            gradient = self._gradient(n)
-            acc.addcmul_(gradient, gradient)
+            power.add_(acc, self._gradient(n))
 
     def forget(self) -> None:
         """Drop dY."""
