@@ -1,24 +1,24 @@
 """How good predictions are, and how much memory a process has taken."""
 
+import math
 import os
 import platform
 import sys
+import warnings
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-Floats = NDArray[np.float64]
+from fishmask.errors import FishError
 
 
 def quality(outputs: Tensor, targets: Tensor) -> dict[str, float]:
-    """Compare the outputs of a model with the targets.
+    """Compare the outputs of a model with the targets, by the metrics of scikit-learn and SciPy.
 
     Args:
         outputs: ``[examples, classes]`` logits, or ``[examples, 1]`` for regression.
@@ -26,55 +26,40 @@ def quality(outputs: Tensor, targets: Tensor) -> dict[str, float]:
 
     Returns:
         ``accuracy``, ``f1`` (of class 1 when there are two classes, else the mean over the classes) and ``mcc``
-        (Matthews correlation); or ``pearson`` and ``spearman`` (0 when one side is constant) and ``mse``.
+        (Matthews correlation); or ``pearson`` and ``spearman`` and ``mse``. What is not defined, such as a correlation
+        with constant predictions, is 0.
+
+    Raises:
+        FishError: scikit-learn is not installed.
     """
-    if targets.is_floating_point():
-        predicted, wanted = _numpy(outputs).reshape(-1), _numpy(targets)
+    try:
+        # Not at the top of the file: a second to load, and only training and prediction with labels need it.
+        from scipy.stats import DegenerateDataWarning, pearsonr, spearmanr
+        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+    except ImportError as error:
+        raise FishError("metrics need scikit-learn: pip install 'fishmask[hf]'") from error
+    wanted = targets.cpu().numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # one side is constant
+        warnings.filterwarnings("ignore", "A single label was found")  # one class only, and nothing else predicted
+        if targets.is_floating_point():
+            predicted = outputs.detach().reshape(-1).to("cpu", torch.float64).numpy()
+            return {
+                "pearson": _defined(pearsonr(predicted, wanted).statistic) if len(wanted) > 1 else 0.0,
+                "spearman": _defined(spearmanr(predicted, wanted).statistic) if len(wanted) > 1 else 0.0,
+                "mse": float(((predicted - wanted) ** 2).mean()),
+            }
+        classes, chosen = outputs.shape[1], outputs.argmax(dim=1).cpu().numpy()
+        counted = [1] if classes == 2 else list(range(classes))
         return {
-            "pearson": _correlation(predicted, wanted),
-            "spearman": _correlation(_ranks(predicted), _ranks(wanted)),
-            "mse": float(np.mean((predicted - wanted) ** 2)),
+            "accuracy": float(accuracy_score(wanted, chosen)),
+            "f1": float(f1_score(wanted, chosen, labels=counted, average="macro", zero_division=0)),
+            "mcc": float(matthews_corrcoef(wanted, chosen)),
         }
-    classes = outputs.shape[1]
-    confusion = np.zeros((classes, classes))
-    np.add.at(confusion, (targets.numpy(), outputs.argmax(dim=1).cpu().numpy()), 1)
-    return {
-        "accuracy": float(np.trace(confusion) / confusion.sum()),
-        "f1": _f1(confusion),
-        "mcc": _matthews(confusion),
-    }
 
 
-def _numpy(tensor: Tensor) -> Floats:
-    return tensor.detach().to("cpu", torch.float64).numpy()
-
-
-def _correlation(a: Floats, b: Floats) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    norm = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / norm if norm > 0 else 0.0
-
-
-def _ranks(values: Floats) -> Floats:
-    """Return the rank of each value, equal values sharing the mean of their ranks."""
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    shared: Floats = (last - (counts - 1) / 2)[group]
-    return shared
-
-
-def _f1(confusion: Floats) -> float:
-    hits = np.diag(confusion)
-    total = confusion.sum(axis=0) + confusion.sum(axis=1)
-    f1 = np.divide(2 * hits, total, out=np.zeros_like(hits), where=total > 0)
-    return float(f1[1] if len(f1) == 2 else f1.mean())
-
-
-def _matthews(confusion: Floats) -> float:
-    true, predicted, count = confusion.sum(axis=1), confusion.sum(axis=0), confusion.sum()
-    covariance = float(np.trace(confusion) * count - true @ predicted)
-    norm = float(np.sqrt((count**2 - predicted @ predicted) * (count**2 - true @ true)))
-    return covariance / norm if norm > 0 else 0.0
+def _defined(correlation: float) -> float:
+    return float(correlation) if math.isfinite(correlation) else 0.0
 
 
 def environment() -> dict[str, Any]:
