@@ -8,7 +8,9 @@ from experiments import demo_search, render
 from fishmask import demo
 from fishmask.cli import app
 from fishmask.errors import FishError
+from fishmask.loop import no_progress
 from fishmask.measure import environment
+from fishmask.workers import run_worker
 
 
 def record(method, seed=0, pearson=0.5):
@@ -65,7 +67,7 @@ def test_results_are_recorded_only_on_request(results, tmp_path):
 
 def test_a_method_that_fails_says_why(tmp_path):
     with pytest.raises(FishError, match=r"process for 'FISH' failed: .*invalid choice: 'nonsense'"):
-        demo._in_a_process(["--one", "nonsense"], "FISH", lambda *args: None)
+        run_worker("fishmask.demo", ["--one", "nonsense"], title="FISH", threads=1, progress=no_progress)
 
 
 def test_the_learning_rates_are_those_of_the_committed_search():

@@ -133,7 +133,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(folder, examples):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"method": "bitfit"}, "method must be one of fish, random"),
+        ({"method": "bitfit"}, "method must be one of fish, gradient"),
         ({"density": 5}, "fraction in"),
         ({"epochs": 0}, "epochs must be above 0"),
         ({"clip": -1.0}, "clip must not be below 0"),

@@ -53,11 +53,11 @@ def score(
 
     Example: fishmask score bert-base-uncased train.csv --text sentence --label label -o scores.safetensors
     """
+    from fishmask.choose import counted
     from fishmask.data import encode, read_examples
     from fishmask.fisher import scores
     from fishmask.hub import load_for_training
     from fishmask.scorefile import write_scores
-    from fishmask.train import counted
 
     table = read_examples(data, text, label, pair=pair, task=task)
     loaded = load_for_training(model, table.classes, seed=seed)

@@ -54,8 +54,8 @@ def train(
 
     Example: fishmask train bert-base-uncased train.tsv --text sentence --label label --validation dev.tsv -o run
     """
+    from fishmask.recipe import Recipe
     from fishmask.run import train_table
-    from fishmask.train import Recipe
 
     rate = learning_rate if learning_rate is not None else 5e-5 if method == "full" else 5e-4
     recipe = Recipe(

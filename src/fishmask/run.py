@@ -17,9 +17,11 @@ from fishmask.data import Encoded, Examples, Task, encode, read_examples
 from fishmask.delta import Delta
 from fishmask.errors import FishError
 from fishmask.hub import load_for_training, load_like, load_tokenizer, save_model
+from fishmask.loop import Progress, no_progress
 from fishmask.mask import Mask
 from fishmask.measure import quality
-from fishmask.train import Outcome, Progress, Recipe, fit, predict
+from fishmask.recipe import Recipe
+from fishmask.train import Outcome, fit, predict
 
 DELTA_FILE = "delta.safetensors"
 MODEL_FILE = "model.safetensors"
@@ -34,7 +36,7 @@ def train_table(
     *,
     validation: Path | None = None,
     mask: Path | None = None,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Fine-tune a model on a table and write the run's folder.
 
@@ -71,7 +73,7 @@ def train_table(
         )
     file = write_run(folder, loaded.model, outcome, {"base": model, **columns, "recipe": asdict(recipe)})
     metrics = _metrics(outcome, file)
-    _write_json(folder / "metrics.json", metrics)
+    write_json(folder / "metrics.json", metrics)
     return metrics
 
 
@@ -95,7 +97,7 @@ def write_run(folder: Path, model: Any, outcome: Outcome, run: Mapping[str, Any]
         model.config.save_pretrained(folder)
         outcome.tuning.delta().save(file)
     other.unlink(missing_ok=True)  # what an earlier run by another method left in the same folder
-    _write_json(folder / "run.json", run)
+    write_json(folder / "run.json", run)
     return file
 
 
@@ -121,7 +123,7 @@ def predict_table(
     text: str | None = None,
     pair: str | None = None,
     label: str | None = None,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Predict for every row of a table with what a training run left, and write one JSON line per row.
 
@@ -214,5 +216,6 @@ def delta_file(path: Path) -> Path:
     return path
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file for people to read."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

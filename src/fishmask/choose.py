@@ -1,0 +1,106 @@
+"""Choosing the entries to train, by every method that a recipe knows."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fishmask.data import Encoded
+from fishmask.fisher import scores
+from fishmask.loop import Descent, Progress, no_progress
+from fishmask.mask import Mask
+from fishmask.params import canonical_parameters
+from fishmask.recipe import Recipe
+
+
+def choose(
+    model: nn.Module, data: Encoded, recipe: Recipe, keep: tuple[str, ...] = (), progress: Progress = no_progress
+) -> Mask:
+    """Choose the mask that the recipe asks for on the model as it is now, and leave the model as it is.
+
+    Args:
+        model: The model.
+        data: Training examples with targets.
+        recipe: A recipe whose method chooses entries.
+        keep: Patterns of parameters to train whole, counted in the budget.
+        progress: Called with the phase, the examples or steps done, and how many there are.
+
+    Raises:
+        ValueError: The method trains no mask.
+    """
+    if recipe.method == "random":
+        return Mask.random(model, recipe.density, recipe.seed, keep=keep, exclude=recipe.exclude)
+    if recipe.method == "magnitude":
+        return Mask.magnitude(model, recipe.density, keep=keep, exclude=recipe.exclude)
+    if recipe.method == "biases":
+        return Mask.biases(model, keep=keep)
+    if recipe.method == "movement":
+        found = movement(model, data, recipe, progress)
+    elif recipe.method in ("fish", "gradient", "snip"):
+        found = _scores(model, data, recipe, progress)
+    else:
+        raise ValueError(f"method={recipe.method!r} chooses no entries by itself")
+    return Mask.from_scores(found, recipe.density, keep=keep, exclude=recipe.exclude)
+
+
+def _scores(model: nn.Module, data: Encoded, recipe: Recipe, progress: Progress) -> dict[str, Tensor]:
+    examples = min(recipe.examples, len(data))
+    method: Any = recipe.method
+    if method == "fish":
+        method = "fisher" if recipe.score == "square" else "absolute"
+    return scores(
+        model,
+        counted(data.sample(examples, recipe.batch_size, recipe.seed), examples, progress),
+        method=method,
+        labels=recipe.labels,
+        examples=examples,
+        engine=recipe.engine,
+        seed=recipe.seed,
+    )
+
+
+def counted(batches: Iterator[dict[str, Tensor]], examples: int, progress: Progress) -> Iterator[dict[str, Tensor]]:
+    """Hand the batches on and report the examples handed out as phase "scoring"."""
+    done = 0
+    for batch in batches:
+        done += len(batch["input_ids"])
+        progress("scoring", done, examples)
+        yield batch
+
+
+def movement(model: nn.Module, data: Encoded, recipe: Recipe, progress: Progress = no_progress) -> dict[str, Tensor]:
+    """Score every entry by how far a dense training moves it, and rewind that training.
+
+    Needs what dense training needs: gradients, two optimizer states and the starting weights, each as large as the
+    model. It runs ``recipe.dense_epochs`` passes at ``recipe.dense_rate``.
+
+    Returns:
+        |w_after − w_before|, shaped like the parameters, by canonical name.
+
+    Source:
+        Ansell, Ponti, Korhonen, Vulić, "Composable Sparse Fine-Tuning for Cross-Lingual Transfer", ACL 2022 (LT-SFT).
+    """
+    parameters = canonical_parameters(model)
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    steps = recipe.dense_epochs * math.ceil(len(data) / recipe.batch_size)
+    descent = Descent(model, parameters.values(), recipe.dense_rate, steps, recipe)
+    step = 0
+    try:
+        for epoch in range(recipe.dense_epochs):
+            # Not the seeds of the training that follows: its order of batches should be a new one.
+            for rows in data.shuffled(recipe.batch_size, seed=recipe.seed + 1000 * epoch + 500):
+                descent.step(data.batch(rows))
+                step += 1
+                progress("dense training", step, steps)
+        return {name: (p.detach() - start[name]).float().abs() for name, p in parameters.items()}
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(start[name])
+                p.grad = None
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        model.eval()

@@ -1,0 +1,100 @@
+"""How to fine-tune: every setting of a training run in one record."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+Method = Literal[
+    "fish", "gradient", "snip", "magnitude", "random", "biases", "movement", "diff", "lora", "shira", "full"
+]
+Precision = Literal["float32", "bfloat16"]
+MASKLESS = ("full", "lora", "shira")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to fine-tune.
+
+    Attributes:
+        method: How the entries to train are chosen. "fish", "gradient", "snip", "magnitude" and "random" rank them by a
+            score (see :func:`fishmask.scores`); "biases" takes all biases (BitFit); "movement" takes those that move
+            most in a dense training beforehand (see :func:`fishmask.choose.movement`); "diff" is Diff Pruning, "lora"
+            and "shira" are the adapters of PEFT (see :mod:`fishmask.rivals`); "full" trains everything.
+        density: Share of all entries to train, the head included; not used by "biases" and "full".
+        learning_rate: Peak learning rate; it falls linearly to zero.
+        epochs: Passes over the training data, warm-up included.
+        batch_size: Examples per step.
+        max_length: Texts are cut off after so many tokens.
+        seed: Decides the head's first weights, dropout, the order of batches, the examples scored and random masks.
+        weight_decay: AdamW's weight decay.
+        clip: Largest norm of the gradient, 0 for no clipping.
+        warm_up_head: Steps in which only the kept parameters train, before the entries are chosen.
+        keep: Patterns of parameters to train whole; empty means the new head.
+        exclude: Patterns of parameters never to train.
+        labels: Whose labels the scores use (see :func:`fishmask.fisher`).
+        examples: Training examples to score; all of them when there are fewer.
+        engine: How the scores are computed (see :func:`fishmask.fisher`).
+        score: What "fish" sums over the examples: the "square" of each gradient, or its "absolute" value.
+        dense_epochs: Passes of the dense training of "movement" and "diff", in addition to ``epochs``.
+        dense_rate: Its peak learning rate.
+        precision: "bfloat16" runs the forward in autocast; weights, gradients and scores stay float32.
+        padding: "longest" puts examples of like length together and pads to the longest of a batch; "max" shuffles
+            freely and pads every batch to ``max_length``.
+    """
+
+    method: Method = "fish"
+    density: float = 0.005
+    learning_rate: float = 5e-4
+    epochs: int = 3
+    batch_size: int = 16
+    max_length: int = 128
+    seed: int = 0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    warm_up_head: int = 0
+    keep: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    labels: Literal["given", "expected", "sampled"] = "given"
+    examples: int = 1024
+    engine: Literal["auto", "batched", "loop"] = "auto"
+    score: Literal["square", "absolute"] = "square"
+    dense_epochs: int = 1
+    dense_rate: float = 1e-4
+    precision: Precision = "float32"
+    padding: Literal["longest", "max"] = "longest"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("method", get_args(Method)),
+            ("precision", get_args(Precision)),
+            ("score", ("square", "absolute")),
+            ("padding", ("longest", "max")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be a fraction in (0, 1], such as 0.005 for 0.5 %; got {self.density}")
+        for name in ("learning_rate", "epochs", "batch_size", "max_length", "examples", "dense_epochs", "dense_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
+        for name in ("weight_decay", "clip", "warm_up_head"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be below 0; got {getattr(self, name)}")
+        if self.method in (*MASKLESS, "diff", "movement") and self.warm_up_head:
+            raise ValueError(f"warm_up_head is for masks chosen by a score; method={self.method!r} takes none")
+        if self.method in ("biases", *MASKLESS) and self.exclude:
+            raise ValueError(f"exclude is for masks chosen by density; method={self.method!r} takes none")
+
+
+def recipe_from(settings: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that was written as JSON (lists become tuples again)."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    return Recipe(**values)
+
+
+def changes_of(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that are not at their defaults."""
+    default = asdict(Recipe())
+    return {name: value for name, value in asdict(recipe).items() if value != default[name]}

@@ -1,0 +1,351 @@
+"""A sweep: several methods on several GLUE tasks, each with its own search for a learning rate and batch size.
+
+Every run is a folder of its own below the sweep's folder. What is to be run next follows from the plan and from the
+folders that are finished, and from nothing else: a sweep that was killed goes on where it stopped, a run that was under
+way then begins anew, and a sweep that is started again with more seeds or methods runs only those.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from threading import Lock
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from fishmask.data import encode
+from fishmask.errors import Diverged, FishError
+from fishmask.glue import GlueTask, glue_task, hold_out, read_glue, task_score
+from fishmask.hub import load_for_training
+from fishmask.loop import Progress, no_progress
+from fishmask.measure import environment
+from fishmask.plot import plot_mask
+from fishmask.recipe import Recipe, changes_of, recipe_from
+from fishmask.run import MODEL_FILE, write_json, write_run
+from fishmask.train import Outcome, evaluate, fit
+from fishmask.workers import run_worker, tell, tell_result
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method as it takes part in a sweep.
+
+    Attributes:
+        name: What tables call it.
+        recipe: Its settings; learning rate, batch size and seed come from the search.
+        rates: Learning rates to try.
+        batch_sizes: Batch sizes to try.
+    """
+
+    name: str
+    recipe: Recipe
+    rates: tuple[float, ...]
+    batch_sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep is to find out.
+
+    Attributes:
+        source: The GLUE data (see :func:`fishmask.glue.read_glue`).
+        base: A local model folder or a name on the hub.
+        tasks: Names of the tasks.
+        variants: The methods.
+        seeds: The first one searches; the setting it finds is run with all of them.
+        rows: Use only so many training examples, for tasks that have more (see :func:`fishmask.glue.hold_out`).
+        held_out: Share of the training examples to choose on.
+        device: Where to train.
+    """
+
+    source: str
+    base: str
+    tasks: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rows: int | None = None
+    held_out: float = 0.1
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "variants", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"a sweep needs at least one of {name}")
+        names = [variant.name for variant in self.variants]
+        if len(set(names)) < len(names):
+            raise ValueError(f"each variant needs a name of its own; got {', '.join(names)}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    task: str
+    variant: str
+    recipe: Recipe
+    sweep: dict[str, Any] = field(compare=False)
+
+    @property
+    def key(self) -> str:
+        """The name of its folder below the sweep's folder; other settings, another folder."""
+        # Settings at their defaults are left out, so that new settings leave the names of old runs as they were.
+        content = json.dumps([self.task, self.variant, changes_of(self.recipe), self.sweep], sort_keys=True)
+        return f"{self.task}/{self.variant.replace(' ', '-')}-{sha256(content.encode()).hexdigest()[:10]}"
+
+
+def plan(sweep: Sweep, records: Mapping[str, Record]) -> list[Job]:
+    """Return every job that is known to be needed, given the finished ones, the most urgent first.
+
+    For each task and variant first the grid at the first seed; once that is complete, the best setting of it with the
+    other seeds. Searches come before repetitions, and each seed is done for all before the next begins.
+
+    Args:
+        sweep: What is to be found out.
+        records: The records of the finished jobs by their keys.
+    """
+    searches: list[Job] = []
+    repetitions: list[tuple[int, Job]] = []
+    for variant in sweep.variants:
+        for task in sweep.tasks:
+            grid = search_of(sweep, task, variant)
+            searches += grid
+            best = best_of(grid, records)
+            if best is not None:
+                repetitions += [
+                    (i, replace(best, recipe=replace(best.recipe, seed=seed))) for i, seed in enumerate(sweep.seeds[1:])
+                ]
+    repetitions.sort(key=lambda item: item[0])
+    return searches + [job for _, job in repetitions]
+
+
+def search_of(sweep: Sweep, task: str, variant: Variant) -> list[Job]:
+    """Return the jobs that search for the learning rate and batch size of a variant on a task."""
+    common = {"base": Path(sweep.base).name, "rows": sweep.rows, "held_out": sweep.held_out}
+    return [
+        Job(
+            task,
+            variant.name,
+            replace(variant.recipe, learning_rate=rate, batch_size=size, seed=sweep.seeds[0]),
+            common,
+        )
+        for size in variant.batch_sizes
+        for rate in variant.rates
+    ]
+
+
+def best_of(grid: Sequence[Job], records: Mapping[str, Record]) -> Job | None:
+    """Return the job with the best score on the held-out rows; None while one is missing or when all diverged.
+
+    Of equal scores the first in the grid wins. The test score is not looked at.
+    """
+    if any(job.key not in records for job in grid):
+        return None
+    scored = [(records[job.key]["validation"]["score"], job) for job in grid if "validation" in records[job.key]]
+    return max(scored, key=lambda item: item[0])[1] if scored else None
+
+
+def run_sweep(sweep: Sweep, folder: Path, *, workers: int = 1, progress: Progress = no_progress) -> list[Record]:
+    """Run what is missing of a sweep, each run in a process of its own.
+
+    Args:
+        sweep: What is to be found out.
+        folder: Its folder; what is finished in it is not run again.
+        workers: How many processes at a time; the cores are shared out among them.
+        progress: Called with "all runs" for the whole, and with the progress of each run.
+
+    Returns:
+        The records of all the jobs of the sweep. They are in ``results.jsonl`` in the folder, too.
+
+    Raises:
+        FishError: A run failed for another reason than a loss that is not finite; the others were finished first.
+    """
+    for task in sweep.tasks:  # every fault of the data comes before the first hour of training
+        read_glue(sweep.source, glue_task(task), "train"), read_glue(sweep.source, glue_task(task), "dev")
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    records = finished(folder)
+    board = _Board(sweep, records, progress)
+    failed: dict[str, str] = {}
+    running: dict[Future[Record], Job] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        while True:
+            busy = {job.key for job in running.values()}
+            waiting = [job for job in plan(sweep, records) if job.key not in {*records, *failed, *busy}]
+            for job in waiting[: workers - len(running)]:
+                running[pool.submit(_run_in_process, sweep, job, folder, threads, board)] = job
+            if not running:
+                break
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                job = running.pop(future)
+                try:
+                    records[job.key] = future.result()
+                except FishError as error:
+                    failed[job.key] = str(error)
+                board.finished(job)
+            _drop_whole_models(sweep, records, folder)
+    wanted = [records[job.key] for job in plan(sweep, records) if job.key in records]
+    lines = "".join(json.dumps(record) + "\n" for record in wanted)
+    (folder / "results.jsonl").write_text(lines, encoding="utf-8")
+    if failed:
+        key, reason = next(iter(failed.items()))
+        raise FishError(f"{len(failed)} of the runs failed, the first in {folder / key}: {reason}")
+    return wanted
+
+
+class _Board:
+    """The progress of the whole, measured in examples to train on so that the time left can be told."""
+
+    def __init__(self, sweep: Sweep, records: Mapping[str, Record], progress: Progress) -> None:
+        self._progress, self._lock = progress, Lock()
+        self._share: dict[str, float] = {}
+        self._rows = {
+            name: min(len(read_glue(sweep.source, glue_task(name), "train")[""]), sweep.rows or sys.maxsize)
+            for name in sweep.tasks
+        }
+        self._done = 0
+        self._total = sum(
+            (len(variant.rates) * len(variant.batch_sizes) + len(sweep.seeds) - 1)
+            * self._rows[task] * variant.recipe.epochs
+            for variant in sweep.variants
+            for task in sweep.tasks
+        )  # fmt: skip
+        for job in plan(sweep, records):
+            if job.key in records:
+                self.finished(job)
+
+    def _work(self, job: Job) -> int:
+        return self._rows[job.task] * job.recipe.epochs
+
+    def of(self, job: Job) -> Progress:
+        """Return where one job reports to."""
+        title = f"{job.task} {job.variant}"
+
+        def report(phase: str, done: int, total: int) -> None:
+            self._progress(f"{title}: {phase}", done, total)
+            if phase == "training":
+                with self._lock:
+                    self._share[job.key] = self._work(job) * done / total
+                self._show()
+
+        return report
+
+    def finished(self, job: Job) -> None:
+        """Count a job as done."""
+        with self._lock:
+            self._share.pop(job.key, None)
+            self._done += self._work(job)
+        self._show()
+
+    def _show(self) -> None:
+        self._progress("all runs", int(self._done + sum(self._share.values())), self._total)
+
+
+def finished(folder: Path) -> dict[str, Record]:
+    """Return the records of the finished runs below a folder by the keys of their jobs."""
+    records = {}
+    for path in sorted(folder.glob("*/*/metrics.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        # The key is computed again: if a default has changed since, the run is another than its name says.
+        job = Job(record["task"], record["variant"], recipe_from(record["recipe"]), record["sweep"])
+        records[job.key] = record
+    return records
+
+
+def _drop_whole_models(sweep: Sweep, records: Mapping[str, Record], folder: Path) -> None:
+    """Delete the whole models of method "full" that lost a complete search: each is as large as the base."""
+    for variant in sweep.variants:
+        for task in sweep.tasks:
+            grid = search_of(sweep, task, variant)
+            best = best_of(grid, records)
+            for job in grid:
+                if best is not None and job != best:
+                    (folder / job.key / MODEL_FILE).unlink(missing_ok=True)
+
+
+def _run_in_process(sweep: Sweep, job: Job, folder: Path, threads: int, board: _Board) -> Record:
+    settings: dict[str, Any] = {"source": sweep.source, "base": sweep.base, "device": sweep.device}
+    settings |= {"task": job.task, "variant": job.variant, "recipe": asdict(job.recipe), "sweep": job.sweep}
+    settings["folder"] = str(folder / job.key)
+    title = f"{job.task} {job.variant} at {job.recipe.learning_rate:g}"
+    record: Record = run_worker(
+        "fishmask.sweep", [json.dumps(settings)], title=title, threads=threads, progress=board.of(job)
+    )
+    return record
+
+
+def run_job(settings: Mapping[str, Any], progress: Progress) -> Record:
+    """Run one job in this process: train, evaluate, and leave its folder; ``metrics.json`` comes last."""
+    folder = Path(settings["folder"])
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
+    folder.mkdir(parents=True)
+    recipe = recipe_from(settings["recipe"])
+    task, common = glue_task(settings["task"]), settings["sweep"]
+    train, held_out = hold_out(read_glue(settings["source"], task, "train")[""], common["held_out"], common["rows"])
+    record: Record = {"task": task.name, "variant": settings["variant"], "base": common["base"]}
+    record |= {"sweep": common, "rows": len(train), "held_out": len(held_out), "recipe": asdict(recipe)}
+    try:
+        record |= _train(settings, task, recipe, train, held_out, folder, progress)
+    except Diverged as error:  # a rate that is too high is a finding of the search
+        record["diverged"] = str(error)
+    record |= environment()
+    write_json(folder / "metrics.json", record)
+    return record
+
+
+def _train(
+    settings: Mapping[str, Any], task: GlueTask, recipe: Recipe, train: Any, held_out: Any, folder: Path, progress: Any
+) -> Record:
+    base = settings["base"]
+    loaded = load_for_training(base, task.classes, seed=recipe.seed)
+    loaded.model.to(torch.device(settings["device"]))
+
+    def encoded(examples: Any) -> Any:
+        return encode(examples, loaded.tokenizer, recipe.max_length, recipe.padding)
+
+    validation = encoded(held_out)
+    begin = perf_counter()
+    with (folder / "log.jsonl").open("w", encoding="utf-8") as log:
+        outcome = fit(
+            loaded.model, encoded(train), recipe, head=loaded.head, validation=validation, log=log, progress=progress
+        )
+    seconds = perf_counter() - begin
+    run = {"base": base, "task": task.name, "text": task.text, "pair": task.pair, "variant": settings["variant"]}
+    file = write_run(folder, loaded.model, outcome, {**run, "recipe": asdict(recipe)})
+    tests = {
+        part: evaluate(loaded.model, encoded(examples), recipe.precision)
+        for part, examples in read_glue(settings["source"], task, "dev").items()
+    }
+    return {
+        "validation": task_score(task, {"": outcome.history[-1]}),
+        "test": task_score(task, tests),
+        "entries": outcome.entries,
+        "layers": _layers(outcome, folder),
+        "seconds_training": seconds,
+        "seconds_per_step": outcome.seconds_per_step,
+        "seconds_scoring": outcome.seconds_scoring,
+        "peak_memory_bytes": outcome.peak_memory_bytes,
+        "file_bytes": file.stat().st_size,
+    }
+
+
+def _layers(outcome: Outcome, folder: Path) -> dict[str, int]:
+    """Draw the mask of a run and return how many entries it has in each layer."""
+    if outcome.tuning is None:
+        return {}
+    plot_mask(outcome.tuning.mask, folder / "mask.png")
+    return {layer: chosen for layer, chosen, _ in outcome.tuning.mask.groups()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    tell_result(run_job(json.loads(sys.argv[1]), tell))
