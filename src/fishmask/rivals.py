@@ -1,17 +1,25 @@
-"""The methods that we compare with and that are no masks of our own: LoRA and SHiRA, through the library PEFT."""
+"""The methods that we compare with: LoRA and SHiRA, through the library PEFT, and Diff Pruning, which nobody keeps."""
 
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from fishmask.attach import is_attached
-from fishmask.errors import FishError
-from fishmask.params import canonical_parameters, matching
+from fishmask.data import Encoded
+from fishmask.errors import Diverged, FishError
+from fishmask.loop import Progress, autocast, device_of, no_progress, to_device
+from fishmask.mask import Mask
+from fishmask.params import canonical_parameters, matching, take
+from fishmask.recipe import Recipe
+from fishmask.select import budget
 
 Adapter = Literal["lora", "shira"]
 
@@ -198,3 +206,238 @@ def _one_error(source: Path) -> Iterator[None]:
         yield
     except Exception as error:  # safetensors, PEFT and torch share no class of errors
         raise FishError(f"cannot load the adapter in {source} into this model: {error}") from error
+
+
+# --- Diff Pruning -----------------------------------------------------------------------------------------------------
+
+# What the authors' published code runs with (github.com/dguo98/DiffPruning, run_glue_diffpruning.py).
+LOWER, UPPER = -1.5, 1.5
+LOG_ALPHA = 5.0
+GATE_RATE = 0.1
+PENALTY = 1.25e-7
+
+
+def hard_concrete(
+    log_alpha: Tensor, uniform: Tensor, lower: float = LOWER, upper: float = UPPER, temperature: float = 1.0
+) -> Tensor:
+    """Draw gates in [0, 1] that are exactly 0 or 1 with a chance of their own, and yet have gradients.
+
+    Args:
+        log_alpha: Location of each gate, any shape: the larger, the more open.
+        uniform: One uniform random number in [0, 1) per gate, of the same shape.
+        lower: Below 0. The concrete variable in (0, 1) is stretched to (lower, upper), then cut off at 0 and 1.
+        upper: Above 1.
+        temperature: The lower, the more of the gates are near 0 or 1.
+
+    Returns:
+        The gates, differentiable in ``log_alpha``.
+
+    Source:
+        Louizos, Welling, Kingma 2018, "Learning Sparse Neural Networks through L0 Regularization", section 2.
+    """
+    concrete = torch.sigmoid((torch.logit(uniform) + log_alpha) / temperature)
+    return (concrete * (upper - lower) + lower).clamp(0, 1)
+
+
+def chance_of_opening(
+    log_alpha: Tensor, lower: float = LOWER, upper: float = UPPER, temperature: float = 1.0
+) -> Tensor:
+    """Return the probability that a hard-concrete gate is not 0; their sum is the expected L0 norm."""
+    return torch.sigmoid(log_alpha - temperature * math.log(-lower / upper))
+
+
+def settled_gate(log_alpha: Tensor, lower: float = LOWER, upper: float = UPPER) -> Tensor:
+    """Return the gate without its noise, as for prediction."""
+    return (torch.sigmoid(log_alpha) * (upper - lower) + lower).clamp(0, 1)
+
+
+class Differences:
+    """Trainable differences from a model's weights, most of them behind hard-concrete gates.
+
+    The weights are never changed: :meth:`drawn` makes new tensors from them.
+
+    Args:
+        parameters: The weights by name.
+        whole: Names of those whose differences have no gates.
+        frozen: Names of those without differences.
+        structured: Give each tensor one more gate, which multiplies those of its entries.
+
+    Attributes:
+        values: The differences, by name and of the shape of the weights; zero at first.
+        log_alpha: The gates' locations: one tensor of the shape of the weights for each gated name.
+        shared: The locations of the gates that a whole tensor shares, one number each; empty unless ``structured``.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        whole: Sequence[str] = (),
+        frozen: Sequence[str] = (),
+        structured: bool = True,
+    ) -> None:
+        self._weights = {name: p.detach() for name, p in parameters.items()}
+        self.values: dict[str, Tensor] = {}
+        self.log_alpha: dict[str, Tensor] = {}
+        self.shared: dict[str, Tensor] = {}
+        for name, weight in self._weights.items():
+            if name in frozen:
+                continue
+            # bfloat16 cannot hold small steps: differences and gates have at least float32.
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            self.values[name] = torch.zeros_like(weight, dtype=dtype).requires_grad_()
+            if name not in whole:
+                self.log_alpha[name] = torch.full_like(weight, LOG_ALPHA, dtype=dtype).requires_grad_()
+                if structured:
+                    self.shared[name] = weight.new_full((), LOG_ALPHA, dtype=dtype).requires_grad_()
+
+    @property
+    def gates(self) -> list[Tensor]:
+        """The locations of all gates."""
+        return [*self.log_alpha.values(), *self.shared.values()]
+
+    def drawn(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return all weights, moved by the differences behind gates drawn at random; differentiable."""
+
+        def draw(log_alpha: Tensor) -> Tensor:
+            uniform = torch.rand(log_alpha.shape, generator=generator, dtype=log_alpha.dtype, device=log_alpha.device)
+            return hard_concrete(log_alpha, uniform)
+
+        moved = dict(self._weights)
+        for name, change in self._changes(draw).items():
+            moved[name] = (moved[name] + change).to(moved[name].dtype)
+        return moved
+
+    @torch.no_grad()
+    def settled(self) -> dict[str, Tensor]:
+        """Return the differences of all weights but the frozen ones, behind gates without noise."""
+        return self._changes(settled_gate)
+
+    def _changes(self, gate: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        changes = dict(self.values)
+        for locations in (self.log_alpha, self.shared):
+            for name, log_alpha in locations.items():
+                changes[name] = gate(log_alpha) * changes[name]
+        return changes
+
+    def penalty(self) -> Tensor:
+        """Return the expected number of gates that are not 0, those of whole tensors included; differentiable."""
+        return torch.stack([chance_of_opening(log_alpha).sum() for log_alpha in self.gates]).sum()
+
+
+def diff_pruning(
+    model: nn.Module,
+    data: Encoded,
+    recipe: Recipe,
+    keep: tuple[str, ...],
+    steps: int,
+    progress: Progress = no_progress,
+    *,
+    penalty: float = PENALTY,
+    structured: bool = True,
+) -> tuple[Mask, dict[str, Tensor]]:
+    """Choose entries, and their first values, by training gated differences of all weights under an L0 penalty.
+
+    Every weight becomes θ + z·w, with a trained difference w and a random gate z in [0, 1]; the loss grows by
+    ``penalty`` times the expected number of open gates. Then the noise is taken out, and the budget goes to the kept
+    parameters, whose differences have no gates, and to the entries with the largest abs(z·w). Go on training with the
+    mask fixed, from the values returned here.
+
+    It needs far more memory than full fine-tuning: differences and gates, with a gradient and two optimizer states
+    each, are eight times the model, and a step makes about five more tensors of its size.
+
+    Args:
+        model: A model whose forward takes ``data.batch(...)`` and returns ``.loss``. It is not changed, not even for
+            the time of the training.
+        data: Training examples with targets.
+        recipe: Density, excluded parameters, batch size, seed, weight decay, clipping, precision, and ``dense_rate``:
+            the peak learning rate of the differences, which falls linearly to zero.
+        keep: Names or patterns of parameters to train whole, counted in the budget: the new head.
+        steps: Optimizer steps to train for.
+        progress: Called with "dense training", the steps done and the steps in all.
+        penalty: Weight of the L0 penalty.
+        structured: Let the entries of each tensor share one more gate, the authors' "structured" variant.
+
+    Returns:
+        The mask, and for each name in it the values θ + z·w of its entries, in the order of the mask's indices: what
+        to copy into the parameters of ``fishmask.attach(model, mask)`` by name.
+
+    Raises:
+        ValueError: The budget, ``keep`` or ``exclude`` do not fit (see ``Mask.from_scores``); no steps; no targets.
+        FishError: The loss is not finite; the model carries adapters or an attached mask, or checkpoints activations.
+
+    Source:
+        Guo, Rush, Kim 2021, "Parameter-Efficient Transfer Learning with Diff Pruning", ACL. As in the authors' code:
+        the gates' constants, their rate of 0.1 (constant: the code makes a schedule for them and never uses it), and
+        clipping of differences and gates apart. Unlike it: the entries are ranked without the noise of the last step.
+    """
+    if steps < 1:
+        raise ValueError(f"Diff Pruning needs at least one step; got steps={steps}")
+    if data.targets is None:
+        raise ValueError("training needs examples with labels")
+    _check_untouched(model)
+    parameters = canonical_parameters(model)
+    sizes = {name: p.numel() for name, p in parameters.items()}
+    whole, free, _ = budget(sizes, recipe.density, keep, recipe.exclude)
+    if not free:
+        raise ValueError("keep and exclude leave Diff Pruning no entries to choose from")
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        # The second forward would run on the model's own weights, without the differences, and nobody would notice.
+        raise FishError("Diff Pruning cannot recompute activations: call model.activation_checkpointing_disable()")
+    frozen = [name for name in sizes if name not in whole and name not in free]
+    differences = Differences(dict(parameters), whole, frozen, structured)
+    _train_differences(model, differences, data, recipe, steps, progress, penalty)
+    changes = differences.settled()
+    scores = {name: changes[name].abs() if name in changes else torch.zeros_like(p) for name, p in parameters.items()}
+    mask = Mask.from_scores(scores, recipe.density, keep=keep, exclude=recipe.exclude)
+    return mask, {
+        name: take(parameters[name], indices).float() + take(changes[name], indices).float()
+        for name, indices in mask.indices.items()
+    }
+
+
+def _train_differences(
+    model: nn.Module,
+    differences: Differences,
+    data: Encoded,
+    recipe: Recipe,
+    steps: int,
+    progress: Progress,
+    penalty: float,
+) -> None:
+    device = device_of(model)
+    generator = torch.Generator(device).manual_seed(recipe.seed)
+    values, gates = list(differences.values.values()), differences.gates
+    groups = [
+        {"params": values, "lr": recipe.dense_rate, "weight_decay": recipe.weight_decay},
+        {"params": gates, "lr": GATE_RATE, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 1 - step / steps, lambda step: 1.0])
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    training = model.training
+    model.train()
+    try:
+        for step, batch in enumerate(islice(_batches(data, recipe), steps), start=1):
+            weights = differences.drawn(generator)
+            with autocast(device, recipe.precision):
+                loss = functional_call(model, weights | buffers, kwargs=to_device(batch, device)).loss
+            if not loss.isfinite():
+                raise Diverged(f"the loss became {loss.item()}; try a lower dense_rate")
+            loss.backward()
+            (penalty * differences.penalty()).backward()
+            if recipe.clip:
+                nn.utils.clip_grad_norm_(values, recipe.clip)
+                nn.utils.clip_grad_norm_(gates, recipe.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            progress("dense training", step, steps)
+    finally:
+        model.train(training)
+
+
+def _batches(data: Encoded, recipe: Recipe) -> Iterator[dict[str, Tensor]]:
+    """Yield batches without end, epoch after epoch, in another order than the training that follows."""
+    for epoch in count():
+        for rows in data.shuffled(recipe.batch_size, seed=recipe.seed + 1000 * epoch + 500):
+            yield data.batch(rows)
