@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,7 +109,7 @@ def _read_folder(folder: Path, found: Found) -> None:
         found.skipped.append(f"{delta} ({error})")
     found.records.append(record)
     try:
-        points = [_parse(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        points = [_parse(line) for _, line in _lines(log)]
         if not all(isinstance(point, dict) and _is_number(point.get("step")) for point in points):
             raise ValueError("a line without a step")
         found.curves[identity(record)] = points
@@ -119,15 +119,21 @@ def _read_folder(folder: Path, found: Found) -> None:
 
 def _read_lines(path: Path, found: Found) -> None:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = _lines(path)
     except (OSError, ValueError) as error:
         found.skipped.append(f"{path} ({error})")
         return
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         try:
             found.records.append(check_record(_parse(line)))
         except ValueError as error:
             found.skipped.append(f"{path} line {number} ({error})")
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Return the lines that are not empty, with their numbers; not ``splitlines``, which parts JSON at U+2028 too."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _parse(text: str) -> Any:
@@ -147,7 +153,7 @@ def check_record(record: Any) -> Record:
         raise ValueError("not a record: expected a JSON object")
     recipe = record.get("recipe")
     recipe = recipe if isinstance(recipe, dict) else {}
-    layers = record.get("layers", {})
+    layers = record.get("layers") or {}
     parts = {
         "task": isinstance(record.get("task"), str),
         "variant": isinstance(record.get("variant"), str),
@@ -413,17 +419,29 @@ def method_rows(results: Sequence[Result], swept: str | None = None) -> list[Row
         always = (result.fields["base"], None if swept == "density" else result.density)
         rows.setdefault((name, always, tuple(result.fields.get(field) for field in own)), []).append(result)
     made = []
-    for members in rows.values():
+    for members in _split(rows.values(), swept):
         first = members[0]
         words = [" / ".join(dict.fromkeys(result.variant for result in members))]
         words += [str(first.fields["base"])] if several_bases else []
         words += [f"{field.replace('_', ' ')} {_text(first.fields.get(field))}" for field in of_variant[first.variant]]
-        cells: dict[tuple[str, Any], Result] = {}
-        for result in members:
-            cells.setdefault((result.task, result.fields.get(swept) if swept else None), result)
+        cells = {_cell(result, swept): result for result in members}
         made.append(Row(", ".join(words), None if swept == "density" else first.density, cells))
     # Results come sorted by task first; rows shall not depend on which task a method was run on.
-    return sorted(made, key=lambda row: _order(next(iter(row.results.values())))[1:])
+    return sorted(made, key=lambda row: _order(_first(row))[1:])
+
+
+def _cell(result: Result, swept: str | None) -> tuple[str, Any]:
+    return result.task, None if swept is None else result.fields.get(swept)
+
+
+def _split(rows: Iterable[list[Result]], swept: str | None) -> Iterator[list[Result]]:
+    """Part variants that share a row although they were run with the same value of the swept field."""
+    for members in rows:
+        if len({_cell(result, swept) for result in members}) == len(members):
+            yield members
+        else:
+            for variant in dict.fromkeys(result.variant for result in members):
+                yield [result for result in members if result.variant == variant]
 
 
 def _varied(results: Iterable[Result], name: str, swept: str | None) -> dict[str, list[str]]:
@@ -533,7 +551,8 @@ def _summary(summary: Summary | None, signed: bool = False) -> str:
     """Write a summary of fractions in percent: mean ± standard deviation (count of seeds)."""
     if summary is None:
         return _NONE
-    figure = f"{100 * summary.mean:{'+' if signed else ''}.1f}".replace("-", "−")
+    rounded = round(100 * summary.mean, 1) + 0.0  # adding 0 turns -0.0 into 0.0
+    figure = f"{rounded:{'+' if signed else ''}.1f}".replace("-", "−")
     spread = "" if summary.spread is None else f" ± {100 * summary.spread:.1f}"
     return f"{figure}{spread} ({summary.seeds})"
 
@@ -609,11 +628,13 @@ def differences_table(records: Iterable[Record], density: float | None = None) -
         return _summary(summarize(_mean_by_seed(pairs)), signed=True)
 
     columns = {name: partial(cell, among) for name, among in _and_average(tasks).items()}
-    return _method_table(results, columns, skip=lambda row: not tasks or not _tested(row) or _method(row) == "full")
+    return _method_table(
+        results, columns, skip=lambda row: not tasks or not _tested(row) or _first(row).method == "full"
+    )
 
 
-def _method(row: Row) -> str:
-    return next(iter(row.results.values())).method
+def _first(row: Row) -> Result:
+    return next(iter(row.results.values()))
 
 
 def settings_table(records: Iterable[Record]) -> Table:
@@ -654,20 +675,33 @@ def _name(row: Row, results: Sequence[Result]) -> str:
     return f"{row.label}, {_density(row.density)}" if shown and row.density is not None else row.label
 
 
-def sweep_rows(results: Sequence[Result], field: str) -> tuple[list[Row], list[Any]]:
-    """Return the rows in which a field takes several values on one task, and these values in order.
+class Swept(NamedTuple):
+    """The rows of a sweep, the values of its field in order, and the tasks on which it was swept."""
+
+    rows: list[Row]
+    values: list[Any]
+    tasks: list[str]
+
+
+def sweep_rows(results: Sequence[Result], field: str) -> Swept:
+    """Return the rows in which a field takes several values on one task; nothing where it never does.
 
     With the density, methods that were run at one density only are shown beside those that were swept.
     """
-    rows, swept = [], []
-    for row in method_rows(results, swept=field):
-        tested = [key for key, result in row.results.items() if result.scores]
-        if len({task for task, _ in tested}) < len(tested):
-            swept.append(row)
-        if row in swept or (field == "density" and any(value is not None for _, value in tested)):
-            rows.append(row)
-    values = {value for row in rows for _, value in row.results}
-    return (rows, sorted(values, key=_sortable)) if swept else ([], [])
+    tested = [
+        (row, [key for key, result in row.results.items() if result.scores]) for row in method_rows(results, field)
+    ]
+    counts = [(row, Counter(task for task, _ in keys), keys) for row, keys in tested]
+    tasks = {task for _, count, _ in counts for task, values in count.items() if values > 1}
+    rows = [
+        row
+        for row, count, keys in counts
+        if max(count.values(), default=0) > 1 or (field == "density" and any(value is not None for _, value in keys))
+    ]
+    values = {value for row in rows for task, value in row.results if task in tasks}
+    if not tasks:
+        return Swept([], [], [])
+    return Swept(rows, sorted(values, key=_sortable), sorted(tasks, key=_task_order))
 
 
 def sweep_table(records: Iterable[Record], field: str) -> Table:
@@ -678,12 +712,13 @@ def sweep_table(records: Iterable[Record], field: str) -> Table:
         field: "density", "examples", "labels", "score" or any other field of the recipe.
     """
     results = select_settings(records)
-    rows, values = sweep_rows(results, field)
-    lines = []
-    for row in rows:
-        for name, among in _and_average(tasks_of(row.results.values())).items():
-            label = row.label if field == "density" else _name(row, results)
-            lines.append([label, name, *(_summary(row.scores(among, value)) for value in values)])
+    rows, values, tasks = sweep_rows(results, field)
+    lines = [
+        [_name(row, results), name, *(_summary(row.scores(among, value)) for value in values)]
+        for row in rows
+        for name, among in _and_average(tasks).items()
+    ]
+    lines = [line for line in lines if set(line[2:]) != {_NONE}]
     headings = [_density(value) if field == "density" and value is not None else _text(value) for value in values]
     return Table(["method", "task", *headings], lines, labels=2)
 
@@ -771,47 +806,50 @@ def gaps(records: Iterable[Record], skipped: Sequence[str] = ()) -> list[str]:
     tested = [(name, r) for name, r in named if r.scores]
     compared = [(name, r, full_of(r, results)) for name, r in tested if r.method != "full"]
 
-    def on(pairs: Iterable[tuple[str, Result]], extra: Callable[[Result], str] = lambda _: "") -> list[str]:
-        return [f"{name} on {result.task}{extra(result)}" for name, result in pairs]
+    def on(pairs: Iterable[tuple[str, str]]) -> list[str]:
+        by_name: dict[str, list[str]] = {}
+        for name, detail in pairs:
+            by_name.setdefault(name, []).append(detail)
+        return [f"{name} ({', '.join(details)})" for name, details in by_name.items()]
 
-    undecided = {f"{g[0]['variant']} on {g[0]['task']}" for g in _groups(records) if _select(g) is None}
+    undecided = [group[0] for group in _groups(records) if _select(group) is None]
     lists = {
-        "No validation score to choose a setting by, so left out": sorted(undecided),
+        "No validation score to choose a setting by, so left out": on((r["variant"], r["task"]) for r in undecided),
         "No test score at all (a task whose test part has no labels, or runs for the search only)": sorted(
-            {r.task for _, r in named} - set(tasks), key=_task_order
+            {result.task for _, result in named} - set(tasks), key=_task_order
         ),
-        "No test score": on((name, r) for name, r in named if not r.scores and r.task in tasks),
-        "One seed only, so no spread": on((name, r) for name, r in tested if len(r.scores) == 1),
+        "No test score": on((name, r.task) for name, r in named if not r.scores and r.task in tasks),
+        "One seed only, so no spread": on((name, r.task) for name, r in tested if len(r.scores) == 1),
         "The best learning rate is the lowest or the highest tried, so a better one may lie beyond": on(
-            ((name, r) for name, r in named if r.at_edge), lambda r: f" ({r.learning_rate:g})"
+            (name, f"{r.task} {r.learning_rate:g}") for name, r in named if r.at_edge
         ),
         "One setting tried only, so taken as given and not chosen": on(
-            (name, r) for name, r in named if len(r.tried) == 1
+            (name, r.task) for name, r in named if len(r.tried) == 1
         ),
-        "No validation score at the search seed (diverged, or not run) for a setting": on(
-            (n, r) for n, r in named if r.validation and None in r.tried.values()
+        "A setting without validation score at the search seed (diverged, or not run)": on(
+            (name, r.task) for name, r in named if r.validation is not None and None in r.tried.values()
         ),
-        "No average, because a task is missing": [
-            f"{_name(row, results)} ({', '.join(lacking)})"
-            for row in rows
-            if (lacking := [t for t in tasks if row.scores([t]) is None]) and len(lacking) < len(tasks)
-        ],
-        "Averages over fewer seeds than some task has": [
-            _name(row, results)
+        "No average, because a task is missing": on(
+            (_name(row, results), task) for row in rows for task in tasks if row.scores([task]) is None and _tested(row)
+        ),
+        "Averages over fewer seeds than some task has": on(
+            (_name(row, results), f"{common.seeds}")
             for row in rows
             if (common := row.scores(tasks)) and common.seeds < max(len(r.scores) for r in row.results.values())
-        ],
-        "No full fine-tuning of the same base and rows to compare with": on(
-            (n, r) for n, r, full in compared if not full
         ),
-        "Compared with a full fine-tuning whose recipe differs": [
-            f"{name} on {r.task} ({', '.join(other)})"
+        "No full fine-tuning of the same base and rows to compare with": on(
+            (name, r.task) for name, r, full in compared if full is None
+        ),
+        "Compared with a full fine-tuning whose recipe differs": on(
+            (name, f"{r.task}: {field.replace('_', ' ')}")
             for name, r, full in compared
-            if full and (other := [f for f in _SHARED if r.fields.get(f) != full.fields.get(f)])
-        ],
+            if full is not None
+            for field in _SHARED
+            if r.fields.get(field) != full.fields.get(field)
+        ),
         "Not read": list(skipped),
     }
-    return [f"{what}: {'; '.join(dict.fromkeys(items))}." for what, items in lists.items() if items]
+    return [f"{what}: {'; '.join(items)}." for what, items in lists.items() if items]
 
 
 # --------------------------------------------------------------------------------------------------------------- plots
@@ -819,6 +857,7 @@ def gaps(records: Iterable[Record], skipped: Sequence[str] = ()) -> list[str]:
 _INK = "#333333"  # text and axes; the HTML page replaces it by the colour of its text
 _COLOURS = (
     "#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c", "#ccb974", "#64b5cd",
+    "#2f7f6f", "#a03d7a", "#7a9a2e", "#b08040",
 )  # fmt: skip
 _MARKERS = "osD^vP*X<>"
 _STYLE = {
@@ -893,8 +932,18 @@ def _panels(count: int, across: int, width: float, height: float, **shared: Any)
     return figure, axes[:count]
 
 
-def _looks(index: int) -> dict[str, Any]:
-    return {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index // len(_COLOURS) % len(_MARKERS)]}
+def _looks(rows: Sequence[Row], results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return a colour for each variant, the same in all plots, and a marker for each of its rows."""
+    variants = list(dict.fromkeys(_first(row).variant for row in method_rows(results)))
+    looks = []
+    met: Counter[str] = Counter()
+    for row in rows:
+        variant = _first(row).variant
+        round_of_colours, colour = divmod(variants.index(variant), len(_COLOURS))
+        marker = _MARKERS[(3 * round_of_colours + met[variant]) % len(_MARKERS)]
+        looks.append({"color": _COLOURS[colour], "marker": marker})
+        met[variant] += 1
+    return looks
 
 
 def _legend(figure: Any, handles: Mapping[str, Any]) -> None:
@@ -907,20 +956,20 @@ def _draw_methods(results: Sequence[Result]) -> Any:
     rows = [row for row in method_rows(results) if _tested(row)]
     if not rows:
         return None
-    height = 1.0 + 0.28 * len(rows)
-    figure, panels = _panels(len(tasks), 3, 3.2, height, sharey=True)
+    figure, panels = _panels(len(tasks), 3, 3.2, 1.2 + 0.28 * len(rows), sharey=True)
+    looks = _looks(rows, results)
     for axes, task in zip(panels, tasks, strict=True):
         for i, row in enumerate(rows):
             if (found := row.scores([task])) is None:
                 continue
-            axes.errorbar(100 * found.mean, i, xerr=100 * (found.spread or 0), capsize=3, **_looks(i))
-            if _method(row) == "full":
+            axes.errorbar(100 * found.mean, i, xerr=100 * (found.spread or 0), capsize=3, **looks[i])
+            if _first(row).method == "full":
                 axes.axvline(100 * found.mean, color="#999999", linestyle=":", linewidth=1, zorder=0)
         axes.set_title(task, fontsize=11)
+        axes.set_xlabel("test score, %")
         axes.grid(axis="y", color="#999999", alpha=0.25)
         axes.set_yticks(range(len(rows)), [_name(row, results) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-    figure.supxlabel("test score, %", fontsize=10)
     return figure
 
 
@@ -928,34 +977,33 @@ def _draw_sweep(results: Sequence[Result], field: str) -> Any:
     """Draw one panel per task: score against a number of the recipe; None where it is not swept."""
     from matplotlib.lines import Line2D
 
-    rows, values = sweep_rows(results, field)
+    rows, values, tasks = sweep_rows(results, field)
     if not rows:
         return None
-    tasks = tasks_of(result for row in rows for result in row.results.values())
     fixed = [row for row in method_rows(results) if field == "density" and row.density is None]
-    names = [row.label if field == "density" else _name(row, results) for row in rows]
-    figure, panels = _panels(len(tasks), 3, 3.6, 3.0 + 0.08 * len(rows))
-    handles: dict[str, Any] = {}
+    looks = _looks([*rows, *fixed], results)
+    values = [value for value in values if value is not None]
+    # Rows stand a little apart, so that their error bars do not hide each other.
+    shifts = [1.25 ** ((i + 0.5) / len(rows) - 0.5) for i in range(len(rows))]
+    figure, panels = _panels(len(tasks), 3, 3.6, 3.2 + 0.08 * len(rows))
+    handles = {_name(row, results): Line2D([], [], **look) for row, look in zip(rows, looks, strict=False)}
     for axes, task in zip(panels, tasks, strict=True):
-        for i, row in enumerate([*rows, *fixed]):
-            if i < len(rows):
-                found = {v: s for v in values if v is not None and (s := row.scores([task], v))}
-                spreads = [100 * (s.spread or 0) for s in found.values()]
-                means = [100 * s.mean for s in found.values()]
-                axes.errorbar(list(found), means, yerr=spreads, capsize=3, markersize=5, **_looks(i))
-                handles[names[i]] = Line2D([], [], **_looks(i))
-            elif (level := row.scores([task])) is not None:
-                colour = _looks(i)["color"]
-                axes.axhline(100 * level.mean, color=colour, linestyle="--")
-                handles[row.label] = Line2D([], [], color=colour, linestyle="--")
-        numbers = [value for value in values if value is not None]
+        for row, look, shift in zip(rows, looks, shifts, strict=False):
+            found = {value: summary for value in values if (summary := row.scores([task], value))}
+            means = [100 * summary.mean for summary in found.values()]
+            spreads = [100 * (summary.spread or 0) for summary in found.values()]
+            axes.errorbar([shift * v for v in found], means, yerr=spreads, capsize=3, markersize=5, **look)
+        for i, row in enumerate(fixed):
+            if (level := row.scores([task])) is not None:
+                look = {"color": looks[len(rows) + i]["color"], "linestyle": ("--", ":", "-.")[i % 3]}
+                handles[row.label] = axes.axhline(100 * level.mean, **look)
         axes.set_xscale("log")
-        axes.set_xticks(numbers, [_density(v) if field == "density" else _text(v) for v in numbers])
+        axes.set_xticks(values, [_density(v) if field == "density" else _text(v) for v in values])
         axes.minorticks_off()
         axes.set_title(task, fontsize=11)
+        axes.set_xlabel("entries trained" if field == "density" else "examples scored")
+        axes.set_ylabel("test score, %")
         axes.grid(color="#999999", alpha=0.25)
-    figure.supylabel("test score, %", fontsize=10)
-    figure.supxlabel("entries trained" if field == "density" else "examples scored", fontsize=10)
     _legend(figure, handles)
     return figure
 
@@ -1006,9 +1054,11 @@ def _draw_curves(results: Sequence[Result], curves: Mapping[Any, Sequence[Record
     tasks = sorted({task for _, task, _ in logs}, key=_task_order)
     figure, panels = _panels(2 * len(tasks), 2, 5.0, 2.8)
     scores = {task: _score_of_log(points) for (_, task, _), points in logs.items()}
+    looks = _looks(rows, results)
     handles: dict[str, Any] = {}
     for (i, task, _), points in logs.items():
-        look = {"color": _looks(i)["color"], "linestyle": ("-", "--", ":")[i // len(_COLOURS) % 3]}
+        # A log has too many points for markers of their own: the rows of a variant differ in their lines.
+        look = {"color": looks[i]["color"], "linestyle": ("-", "--", ":", "-.")[_MARKERS.index(looks[i]["marker"]) % 4]}
         for column, (name, factor) in enumerate(((scores[task], 100), ("train_loss", 1))):
             shown = [(point["step"], factor * point[name]) for point in points if _is_number(point.get(name))]
             axes = panels[2 * tasks.index(task) + column]
