@@ -357,6 +357,12 @@ def test_what_is_missing_is_said():
     assert found_in(said, "Not read", "runs/broken/metrics.json (not JSON)")
 
 
+def test_seeds_that_cannot_be_paired_are_said():
+    said = gaps([record(variant="full", seed=0), record(seed=1)])
+    assert found_in(said, "No full fine-tuning of the same base, rows and seed", "fish (RTE)")
+    assert cells(differences_table([record(variant="full", seed=0), record(seed=1)])) == {"fish": {"RTE": "–"}}
+
+
 def test_nothing_is_said_where_nothing_is_missing():
     rates = [(1e-4, 0.5), (1e-3, 0.7), (1e-2, 0.6)]
     records = [record(variant=v, rate=rate, validation=score) for v in ("full", "fish") for rate, score in rates]
@@ -478,7 +484,7 @@ def runs(tmp_path):
         for seed in (0, 1):
             line = record(density=density, seed=seed, test=0.5 + density + seed / 10, layers={"layer 0": 3, "head": 1})
             run_folder(tmp_path / "runs" / "RTE" / f"fish-{density}-{seed}", line, layers=True)
-    lines(tmp_path / "full.jsonl", [*seeds(0.6, 0.7, variant="full"), record(variant="<b>$\\frac", examples=32)])
+    lines(tmp_path / "full.jsonl", [*seeds(0.6, 0.7, variant="full"), record(variant="<b>$\\frac$", examples=32)])
     return [tmp_path / "runs", tmp_path / "full.jsonl"]
 
 
@@ -509,7 +515,7 @@ def test_the_page_loads_nothing_and_escapes_everything(runs, tmp_path):
     assert text.count("<svg ") == 4
     assert "prefers-color-scheme" in text
     assert text.count('<div class="scroll">') == text.count("<table>") > 4
-    assert any("<b>$\\frac" in shown for shown in page.text)
+    assert any("<b>$\\frac$" in shown for shown in page.text)
 
 
 def test_the_same_records_give_the_same_bytes(runs, tmp_path):
@@ -539,11 +545,11 @@ def test_one_run_without_test_score_is_reported(tmp_path):
 def test_odd_labels_and_many_methods_can_be_drawn(tmp_path):
     records = [
         record(task=task, variant=f"_{i}$", method="fish", density=d, examples=n, layers={"layer 0": 1})
-        for task in ("RTE", "MRPC", "CoLA", "QQP")
+        for task in ("RTE", "MRPC")
         for i in range(3)
         for d, n in ((0.005, 32), (0.005, 64), (0.02, 64))
     ]
-    records += [record(variant=f"v{i}", method="snip") for i in range(15)] + [record(variant="biases")]
+    records += [record(variant=f"v{i}", method="snip") for i in range(12)] + [record(variant="biases")]
     told = report([lines(tmp_path / "many.jsonl", records)], tmp_path / "out")
     assert [path.rpartition("/")[2] for path in told["plots"][::2]] == [
         "methods.png", "density.png", "examples.png", "layers.png",

@@ -209,7 +209,7 @@ class Result:
             with ``density`` None for methods that ignore it; ``base``, ``rows`` and ``held_out``. Lists are tuples.
         learning_rate: The chosen one.
         batch_size: The chosen one.
-        search_seed: The lowest seed of the group; the settings were compared at it.
+        search_seed: The lowest seed of the group with a validation score; the settings were compared at it.
         validation: Validation score of the chosen setting at the search seed, a fraction; None when there is none.
         tried: Validation score at the search seed for every setting (learning rate, batch size); None where missing.
         records: The records of the chosen setting, by seed.
@@ -537,7 +537,7 @@ def _html(text: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """Write a field's value: 1,024 stays 1024, as in the commands."""
+    """Write a field's value as one would type it in a command."""
     if isinstance(value, tuple):
         return " ".join(map(_text, value)) or "none"
     return _NONE if value is None else f"{value:g}" if isinstance(value, float) else str(value)
@@ -837,8 +837,8 @@ def gaps(records: Iterable[Record], skipped: Sequence[str] = ()) -> list[str]:
             for row in rows
             if (common := row.scores(tasks)) and common.seeds < max(len(r.scores) for r in row.results.values())
         ),
-        "No full fine-tuning of the same base and rows to compare with": on(
-            (name, r.task) for name, r, full in compared if full is None
+        "No full fine-tuning of the same base, rows and seed to compare with": on(
+            (name, r.task) for name, r, _ in compared if not differences(r, results)
         ),
         "Compared with a full fine-tuning whose recipe differs": on(
             (name, f"{r.task}: {field.replace('_', ' ')}")
