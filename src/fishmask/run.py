@@ -5,6 +5,7 @@ The folder holds ``delta.safetensors`` (or ``model.safetensors`` for method "ful
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,10 +22,12 @@ from fishmask.loop import Progress, no_progress
 from fishmask.mask import Mask
 from fishmask.measure import quality
 from fishmask.recipe import Recipe
+from fishmask.rivals import load_adapter, save_adapter
 from fishmask.train import Outcome, fit, predict
 
 DELTA_FILE = "delta.safetensors"
 MODEL_FILE = "model.safetensors"
+ADAPTER_FOLDER = "adapter"
 
 
 def train_table(
@@ -89,14 +92,19 @@ def write_run(folder: Path, model: Any, outcome: Outcome, run: Mapping[str, Any]
     """Write the trained numbers, the configuration and ``run.json``; return the file of the numbers."""
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
-    file, other = folder / DELTA_FILE, folder / MODEL_FILE
-    if outcome.tuning is None:
-        file, other = other, file
-        save_model(model, folder)
-    else:
+    for earlier in (DELTA_FILE, MODEL_FILE):  # what a run by another method left in the same folder
+        (folder / earlier).unlink(missing_ok=True)
+    shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)
+    if outcome.tuning is not None:
+        file = folder / DELTA_FILE
         model.config.save_pretrained(folder)
         outcome.tuning.delta().save(file)
-    other.unlink(missing_ok=True)  # what an earlier run by another method left in the same folder
+    elif outcome.adapter is not None:
+        model.config.save_pretrained(folder)
+        file = save_adapter(outcome.adapter, folder) / "adapter_model.safetensors"
+    else:
+        file = folder / MODEL_FILE
+        save_model(model, folder)
     write_json(folder / "run.json", run)
     return file
 
@@ -173,9 +181,13 @@ def _quality(outputs: Tensor, encoded: Encoded) -> dict[str, float]:
 
 
 def load_run(folder: Path, base: str) -> Any:
-    """Load the model that a run left: the base with the delta applied, or the whole model of method "full"."""
+    """Load the model that a run left: the base with the delta or the adapters, or the whole model of method "full"."""
     if (folder / MODEL_FILE).exists():
         return load_like(str(folder))
+    if (folder / ADAPTER_FOLDER).exists():
+        model = load_like(base, folder)
+        load_adapter(model, folder)
+        return model
     delta = Delta.load(folder / DELTA_FILE)
     model = load_like(base, folder)
     delta.apply(model)

@@ -11,7 +11,8 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
@@ -22,7 +23,7 @@ import torch
 
 from fishmask.data import encode
 from fishmask.errors import Diverged, FishError
-from fishmask.glue import GlueTask, glue_task, hold_out, read_glue, task_score
+from fishmask.glue import GlueTask, glue_task, hold_out, read_glue, take, task_score
 from fishmask.hub import load_for_training
 from fishmask.loop import Progress, no_progress
 from fishmask.measure import environment
@@ -64,6 +65,9 @@ class Sweep:
         seeds: The first one searches; the setting it finds is run with all of them.
         rows: Use only so many training examples, for tasks that have more (see :func:`fishmask.glue.hold_out`).
         held_out: Share of the training examples to choose on.
+        search_rows: Search with only so many of the rows to train on; by default with all of them, and then the winner
+            of the search is also the first of the repetitions.
+        search_epochs: Search with only so many epochs.
         device: Where to train.
     """
 
@@ -74,6 +78,8 @@ class Sweep:
     seeds: tuple[int, ...] = (0, 1, 2)
     rows: int | None = None
     held_out: float = 0.1
+    search_rows: int | None = None
+    search_epochs: int | None = None
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -85,16 +91,22 @@ class Sweep:
             raise ValueError(f"each variant needs a name of its own; got {', '.join(names)}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """One run of a sweep."""
 
     task: str
     variant: str
     recipe: Recipe
-    sweep: dict[str, Any] = field(compare=False)
+    sweep: dict[str, Any]
 
-    @property
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Job) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @cached_property
     def key(self) -> str:
         """The name of its folder below the sweep's folder; other settings, another folder."""
         # Settings at their defaults are left out, so that new settings leave the names of old runs as they were.
@@ -105,8 +117,8 @@ class Job:
 def plan(sweep: Sweep, records: Mapping[str, Record]) -> list[Job]:
     """Return every job that is known to be needed, given the finished ones, the most urgent first.
 
-    For each task and variant first the grid at the first seed; once that is complete, the best setting of it with the
-    other seeds. Searches come before repetitions, and each seed is done for all before the next begins.
+    For each task and variant first the grid at the first seed; once that is complete, the best setting of it with all
+    seeds. Searches come before repetitions, and each seed is done for all before the next begins.
 
     Args:
         sweep: What is to be found out.
@@ -120,26 +132,31 @@ def plan(sweep: Sweep, records: Mapping[str, Record]) -> list[Job]:
             searches += grid
             best = best_of(grid, records)
             if best is not None:
-                repetitions += [
-                    (i, replace(best, recipe=replace(best.recipe, seed=seed))) for i, seed in enumerate(sweep.seeds[1:])
-                ]
+                repetitions += [(i, _repetition(sweep, variant, best, seed)) for i, seed in enumerate(sweep.seeds)]
     repetitions.sort(key=lambda item: item[0])
-    return searches + [job for _, job in repetitions]
+    return list(dict.fromkeys(searches + [job for _, job in repetitions]))
 
 
 def search_of(sweep: Sweep, task: str, variant: Variant) -> list[Job]:
     """Return the jobs that search for the learning rate and batch size of a variant on a task."""
-    common = {"base": Path(sweep.base).name, "rows": sweep.rows, "held_out": sweep.held_out}
+    recipe = replace(variant.recipe, seed=sweep.seeds[0], epochs=sweep.search_epochs or variant.recipe.epochs)
+    common = _common(sweep)
+    if sweep.search_rows:
+        common["train_rows"] = sweep.search_rows
     return [
-        Job(
-            task,
-            variant.name,
-            replace(variant.recipe, learning_rate=rate, batch_size=size, seed=sweep.seeds[0]),
-            common,
-        )
+        Job(task, variant.name, replace(recipe, learning_rate=rate, batch_size=size), common)
         for size in variant.batch_sizes
         for rate in variant.rates
     ]
+
+
+def _repetition(sweep: Sweep, variant: Variant, best: Job, seed: int) -> Job:
+    recipe = replace(best.recipe, seed=seed, epochs=variant.recipe.epochs)
+    return Job(best.task, best.variant, recipe, _common(sweep))
+
+
+def _common(sweep: Sweep) -> dict[str, Any]:
+    return {"base": Path(sweep.base).name, "rows": sweep.rows, "held_out": sweep.held_out}
 
 
 def best_of(grid: Sequence[Job], records: Mapping[str, Record]) -> Job | None:
@@ -213,18 +230,19 @@ class _Board:
             for name in sweep.tasks
         }
         self._done = 0
-        self._total = sum(
-            (len(variant.rates) * len(variant.batch_sizes) + len(sweep.seeds) - 1)
-            * self._rows[task] * variant.recipe.epochs
-            for variant in sweep.variants
-            for task in sweep.tasks
-        )  # fmt: skip
+        self._total = 0
+        for variant in sweep.variants:
+            for task in sweep.tasks:
+                grid = search_of(sweep, task, variant)
+                later = {_repetition(sweep, variant, grid[0], seed) for seed in sweep.seeds} - set(grid)
+                self._total += sum(self._work(job) for job in [*grid, *later])
         for job in plan(sweep, records):
             if job.key in records:
                 self.finished(job)
 
     def _work(self, job: Job) -> int:
-        return self._rows[job.task] * job.recipe.epochs
+        rows: int = job.sweep.get("train_rows", self._rows[job.task])
+        return rows * job.recipe.epochs
 
     def of(self, job: Job) -> Progress:
         """Return where one job reports to."""
@@ -291,6 +309,8 @@ def run_job(settings: Mapping[str, Any], progress: Progress) -> Record:
     recipe = recipe_from(settings["recipe"])
     task, common = glue_task(settings["task"]), settings["sweep"]
     train, held_out = hold_out(read_glue(settings["source"], task, "train")[""], common["held_out"], common["rows"])
+    if "train_rows" in common:
+        train = take(train, range(min(common["train_rows"], len(train))))
     record: Record = {"task": task.name, "variant": settings["variant"], "base": common["base"]}
     record |= {"sweep": common, "rows": len(train), "held_out": len(held_out), "recipe": asdict(recipe)}
     try:

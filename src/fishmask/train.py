@@ -22,7 +22,8 @@ from fishmask.loop import Descent, Progress, autocast, device_of, no_progress, t
 from fishmask.mask import Mask
 from fishmask.measure import peak_memory_bytes, quality
 from fishmask.params import canonical_parameters, matching
-from fishmask.recipe import Precision, Recipe
+from fishmask.recipe import MASKLESS, Precision, Recipe
+from fishmask.rivals import diff_pruning, peft_model, trained_entries
 
 
 @dataclass
@@ -82,8 +83,8 @@ def fit(
     if recipe.warm_up_head >= steps:
         raise ValueError(f"warm_up_head={recipe.warm_up_head} leaves no step for training: there are {steps} in all")
     keep = tuple(recipe.keep or head)
-    if mask is not None and (recipe.method == "full" or recipe.warm_up_head):
-        raise ValueError("a mask chosen beforehand goes with neither method='full' nor warm_up_head")
+    if mask is not None and (recipe.method in MASKLESS or recipe.warm_up_head):
+        raise ValueError(f"a mask chosen beforehand goes with neither method={recipe.method!r} nor warm_up_head")
     outcome = _begin(model, data, recipe, keep, mask, progress)
     parameters = list(outcome.tuning.parameters() if outcome.tuning else model.parameters())
     descent = Descent(model, [p for p in parameters if p.requires_grad], recipe.learning_rate, steps, recipe)
@@ -121,7 +122,19 @@ def _begin(
     """Choose what trains first: everything, the mask, or during the warm-up the kept parameters alone."""
     if recipe.method == "full":
         return Outcome(None, sum(p.numel() for p in model.parameters()))
+    if recipe.method in ("lora", "shira"):
+        adapter = peft_model(model, recipe.method, recipe.density, keep, recipe.seed)
+        return Outcome(None, trained_entries(model), adapter)
     begin = perf_counter()
+    if mask is None and recipe.method == "diff":
+        steps = recipe.dense_epochs * math.ceil(len(data) / recipe.batch_size)
+        mask, values = diff_pruning(model, data, recipe, keep, steps, progress)
+        tuning = attach(model, mask)
+        with torch.no_grad():
+            for name, parameter in tuning.named_parameters():
+                parameter.copy_(values[name])
+        tuning.write_back()
+        return Outcome(tuning, mask.k, seconds_scoring=perf_counter() - begin)
     if mask is None:
         mask = _whole(model, keep) if recipe.warm_up_head else choose(model, data, recipe, keep, progress)
     return Outcome(attach(model, mask), mask.k, seconds_scoring=perf_counter() - begin)
