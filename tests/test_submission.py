@@ -210,6 +210,13 @@ def test_a_variant_and_another_place_of_the_base(tmp_path, sweep, glue, base):
     assert whole["missing"] == [name for name in NAMES if name != "RTE"]
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_runs_without_a_mask_predict_as_well(tmp_path, base, glue, method):
+    model = trained(tmp_path / "runs" / "RTE" / "a", base, glue, "RTE", 0.5, method=method)
+    found = submit(tmp_path / "runs", glue, tmp_path / "out")
+    assert rows(Path(found["file"]), "RTE") == labels(TASKS["RTE"], model(read_glue(glue, TASKS["RTE"], "test")[""]))
+
+
 def test_without_the_diagnostic_set_its_file_is_missing(tmp_path, sweep):
     glue = write(tmp_path / "glue")
     (glue / "diagnostic" / "diagnostic.tsv").unlink()

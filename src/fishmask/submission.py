@@ -18,11 +18,10 @@ from fishmask.errors import FishError
 from fishmask.glue import DIAGNOSTIC, TASKS, GlueTask, glue_task, read_diagnostic, read_glue
 from fishmask.hub import load_tokenizer
 from fishmask.loop import Progress, no_progress
-from fishmask.run import DELTA_FILE, MODEL_FILE, load_run, read_run
+from fishmask.run import ADAPTER_FOLDER, DELTA_FILE, MODEL_FILE, load_run, read_run
 from fishmask.train import predict
 
 ZIP_FILE = "submission.zip"
-ADAPTER_FOLDER = "adapter"
 LOWEST, HIGHEST = 0.0, 5.0  # the range of STS-B; the benchmark refuses numbers outside
 
 Predictions = Sequence[str] | Sequence[float]
