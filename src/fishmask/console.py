@@ -17,7 +17,7 @@ from rich.table import Table
 from fishmask.errors import FishError
 
 UNMET, USAGE = 1, 2
-ORDER = ("demo", "score", "mask", "train", "predict", "delta", "plot")
+ORDER = ("demo", "score", "mask", "train", "predict", "delta", "plot", "glue", "report")
 
 
 class Group(typer.core.TyperGroup):

@@ -86,9 +86,9 @@ class Sweep:
         for name in ("tasks", "variants", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"a sweep needs at least one of {name}")
-        names = [variant.name for variant in self.variants]
-        if len(set(names)) < len(names):
-            raise ValueError(f"each variant needs a name of its own; got {', '.join(names)}")
+        known = {(variant.name, variant.recipe) for variant in self.variants}
+        if len(known) < len(self.variants):
+            raise ValueError("two variants have the same name and the same settings; expected each once")
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,11 +332,17 @@ def _train(
     def encoded(examples: Any) -> Any:
         return encode(examples, loaded.tokenizer, recipe.max_length, recipe.padding)
 
-    validation = encoded(held_out)
     begin = perf_counter()
     with (folder / "log.jsonl").open("w", encoding="utf-8") as log:
         outcome = fit(
-            loaded.model, encoded(train), recipe, head=loaded.head, validation=validation, log=log, progress=progress
+            loaded.model,
+            encoded(train),
+            recipe,
+            head=loaded.head,
+            validation=encoded(held_out),
+            judge=lambda quality: task_score(task, {"": quality}),
+            log=log,
+            progress=progress,
         )
     seconds = perf_counter() - begin
     run = {"base": base, "task": task.name, "text": task.text, "pair": task.pair, "variant": settings["variant"]}
@@ -346,7 +352,7 @@ def _train(
         for part, examples in read_glue(settings["source"], task, "dev").items()
     }
     return {
-        "validation": task_score(task, {"": outcome.history[-1]}),
+        "validation": {name: outcome.history[-1][name] for name in ("score", *task.metrics)},
         "test": task_score(task, tests),
         "entries": outcome.entries,
         "layers": _layers(outcome, folder),

@@ -6,7 +6,7 @@ train their values. Warm-up and training share the steps and the schedule, so ev
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
@@ -57,6 +57,7 @@ def fit(
     head: Sequence[str] = (),
     mask: Mask | None = None,
     validation: Encoded | None = None,
+    judge: Callable[[dict[str, float]], dict[str, float]] = dict,
     log: IO[str] | None = None,
     progress: Progress = no_progress,
 ) -> Outcome:
@@ -69,6 +70,7 @@ def fit(
         head: Names of the parameters of the new head, trained whole unless the recipe's ``keep`` says otherwise.
         mask: A mask chosen beforehand; the recipe's method then chooses none.
         validation: Examples to evaluate after every epoch.
+        judge: Turns the quality of the predictions into what is recorded of it; by default all.
         log: Where one JSON line per evaluation goes.
         progress: Called with the phase ("scoring", "training"), the steps done and the steps in all.
 
@@ -105,7 +107,7 @@ def fit(
             progress("training", step, steps)
         record: dict[str, float] = {"epoch": epoch + 1, "step": step, "train_loss": sum(losses) / len(losses)}
         if validation is not None:
-            record |= evaluate(model, validation, recipe.precision)
+            record |= judge(evaluate(model, validation, recipe.precision))
         outcome.history.append(record)
         if log is not None:
             print(json.dumps(record), file=log, flush=True)

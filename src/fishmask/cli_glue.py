@@ -1,0 +1,264 @@
+"""The commands ``fishmask glue ...`` and ``fishmask report``."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from fishmask.cli_mask import Json
+from fishmask.console import bars, note, print_json, print_table, report
+
+Data = Annotated[
+    str, typer.Argument(help="A folder in GLUE's own layout, or nyu-mll/glue or a copy of it for the hub's.")
+]
+Runs = Annotated[Path, typer.Option("-o", "--output", help="Folder of the runs; what is finished in it is kept.")]
+Task = Annotated[list[str] | None, typer.Option(help="A task, such as RTE (repeatable); all that the folder has.")]
+Base = Annotated[str, typer.Option("--model", help="A local model folder, or a name on the Hugging Face hub.")]
+Method = Annotated[
+    list[str] | None, typer.Option(help="A method (repeatable): `fishmask glue methods` lists them; all by default.")
+]
+Rates = Annotated[
+    list[str] | None,
+    typer.Option(help="Learning rates to try: 1e-3,3e-3, or for one method biases=1e-3,1e-2 (repeatable)."),
+]
+BatchSizes = Annotated[str, typer.Option("--batch-size", help="Batch sizes to try, such as 8,16.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Seeds of the best setting; the first one searches.")]
+Density = Annotated[float, typer.Option(help="Share of all entries to train, as a fraction: 0.005 is 0.5 %.")]
+Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
+MaxLength = Annotated[int, typer.Option(help="Cut texts off after so many tokens.")]
+Examples = Annotated[int, typer.Option(help="How many training examples to score.")]
+Padding = Annotated[
+    Literal["longest", "max"],
+    typer.Option(help="Batches of like length padded to their longest; or, as in the paper, to the full length."),
+]
+Precision = Annotated[Literal["float32", "bfloat16"], typer.Option(help="bfloat16 runs the forward in autocast.")]
+Rows = Annotated[int | None, typer.Option(help="Use only so many training rows of a task, those held out included.")]
+HeldOut = Annotated[float, typer.Option(help="Share of the training rows to choose learning rates on.")]
+SearchRows = Annotated[int | None, typer.Option(help="Search with only so many of the rows to train on.")]
+SearchEpochs = Annotated[int | None, typer.Option(help="Search with only so many epochs.")]
+Workers = Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")]
+Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, mps; auto takes the GPU when there is one.")]
+
+app = typer.Typer(no_args_is_help=True, help="The GLUE benchmark: compare methods, search, ablate, submit.")
+
+
+@app.command(no_args_is_help=True)
+def run(
+    data: Data,
+    task: Task = None,
+    model: Base = "bert-large-cased-whole-word-masking",
+    output: Runs = Path("runs/glue"),
+    method: Method = None,
+    rates: Rates = None,
+    batch_size: BatchSizes = "8,16",
+    seeds: Seeds = 3,
+    density: Density = 0.005,
+    epochs: Epochs = 7,
+    max_length: MaxLength = 128,
+    examples: Examples = 1024,
+    padding: Padding = "longest",
+    precision: Precision = "float32",
+    rows: Rows = None,
+    held_out: HeldOut = 0.1,
+    search_rows: SearchRows = None,
+    search_epochs: SearchEpochs = None,
+    workers: Workers = 1,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Compare methods on GLUE tasks: search each one's rate and batch size, then run the best with several seeds.
+
+    The defaults are the paper's settings. Choices are made on rows held out of train; the dev set is the test set.
+    Run the same command again after a kill, or with more seeds, methods or tasks: finished runs are kept.
+
+    Example: fishmask glue run glue --task RTE --task MRPC --method full --method fish-paper -o runs/glue
+    """
+    from fishmask.methods import variants
+
+    found = variants(
+        method, _recipe(density, epochs, max_length, examples, padding, precision), _rates(rates), _sizes(batch_size)
+    )
+    _sweep(data, task, model, output, found, seeds, rows, held_out, search_rows, search_epochs, workers, device, json)
+
+
+@app.command(no_args_is_help=True)
+def ablate(
+    setting: Annotated[
+        Literal["density", "examples", "labels", "score"],
+        typer.Argument(help="What to vary: density, number of examples scored, label convention, g² against |g|."),
+    ],
+    data: Data,
+    task: Task = None,
+    values: Annotated[str | None, typer.Option(help="The values, such as 0.001,0.005; the paper's by default.")] = None,
+    model: Base = "bert-large-cased-whole-word-masking",
+    output: Runs = Path("runs/glue"),
+    method: Method = None,
+    rates: Rates = None,
+    batch_size: BatchSizes = "16",
+    seeds: Seeds = 3,
+    density: Density = 0.005,
+    epochs: Epochs = 7,
+    max_length: MaxLength = 128,
+    examples: Examples = 1024,
+    padding: Padding = "longest",
+    precision: Precision = "float32",
+    rows: Rows = None,
+    held_out: HeldOut = 0.1,
+    search_rows: SearchRows = None,
+    search_epochs: SearchEpochs = None,
+    workers: Workers = 1,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Vary one setting, as in Figure 2 of the paper, all else as in `fishmask glue run`.
+
+    By default the paper's FISH mask, and for the density a random mask beside it.
+
+    Example: fishmask glue ablate density glue --task RTE -o runs/glue
+    """
+    from fishmask.methods import ablation, variants
+
+    names = method or (["fish-paper", "random"] if setting == "density" else ["fish-paper"])
+    base = variants(
+        names, _recipe(density, epochs, max_length, examples, padding, precision), _rates(rates), _sizes(batch_size)
+    )
+    found = ablation(base, setting, None if values is None else values.split(","))
+    _sweep(data, task, model, output, found, seeds, rows, held_out, search_rows, search_epochs, workers, device, json)
+
+
+@app.command()
+def methods(json: Json = False) -> None:
+    """List the methods and the learning rates that are tried for each.
+
+    Example: fishmask glue methods
+    """
+    from fishmask.methods import METHODS
+
+    if json:
+        print_json({name: {"rates": method.rates, "about": method.about} for name, method in METHODS.items()})
+        return
+    lines = [(name, ", ".join(f"{rate:g}" for rate in method.rates), method.about) for name, method in METHODS.items()]
+    print_table("Methods", ("method", "learning rates", "what trains"), lines)
+
+
+@app.command(no_args_is_help=True)
+def submit(
+    runs: Annotated[Path, typer.Argument(help="The folder of the runs.")],
+    data: Data,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("submission"),
+    task: Task = None,
+    method: Annotated[str | None, typer.Option(help="Take runs of this method only, as tables call it.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base model; by default the one trained from.")] = None,
+    fill: Annotated[
+        bool, typer.Option(help="Put meaningless predictions into the files of tasks that have no run.")
+    ] = False,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Write the benchmark's submission: predictions of each task's best run for its test set, zipped.
+
+    The best run is the one with the best score on the rows held out of train.
+
+    Example: fishmask glue submit runs/glue glue -o submission
+    """
+    from fishmask.submission import submit as write
+
+    with bars() as progress:
+        result = write(
+            runs, data, output, tasks=task or (), variant=method, base=model, fill=fill, device=_device(device),
+            progress=progress,
+        )  # fmt: skip
+    report(result, json, "Submission")
+
+
+def report_runs(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or .jsonl files of their records.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("report"),
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "fishmask report",
+    json: Json = False,
+) -> None:
+    """Write tables (report.md), plots (.png, .svg) and one self-contained page (report.html) about runs.
+
+    Example: fishmask report runs/glue -o report
+    """
+    from fishmask.report import report as write
+
+    report(write(runs, output, title), json, "Report")
+
+
+def _recipe(density: float, epochs: int, max_length: int, examples: int, padding: Any, precision: Any) -> Any:
+    from fishmask.recipe import Recipe
+
+    return Recipe(
+        density=density, epochs=epochs, max_length=max_length, examples=examples, padding=padding, precision=precision
+    )
+
+
+def _rates(options: list[str] | None) -> dict[str, tuple[float, ...]]:
+    """Read the learning rates: under the name of a method, or under "" for those of all others."""
+    found = {}
+    for option in options or ():
+        name, _, values = option.rpartition("=")
+        found[name] = _numbers(values, float, "--rates")
+    return found
+
+
+def _sizes(option: str) -> tuple[int, ...]:
+    return _numbers(option, int, "--batch-size")
+
+
+def _numbers(text: str, kind: Any, option: str) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(value) for value in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from error
+
+
+def _device(name: str) -> str:
+    from torch import accelerator
+
+    if name != "auto":
+        return name
+    found = accelerator.current_accelerator()
+    return "cpu" if found is None else found.type
+
+
+def _sweep(
+    data: str, task: list[str] | None, model: str, output: Path, found: Any, seeds: int, rows: int | None,
+    held_out: float, search_rows: int | None, search_epochs: int | None, workers: int, device: str, json: bool,
+) -> None:  # fmt: skip
+    from fishmask.glue import glue_task, tasks_in
+    from fishmask.sweep import Sweep, run_sweep
+
+    names = [glue_task(name).name for name in task] if task else [known.name for known in tasks_in(data)]
+    if not names:
+        raise ValueError(f"{data} has no task in GLUE's layout, such as RTE/train.tsv; or name tasks with --task")
+    if workers > (os.cpu_count() or 1):
+        note(f"{workers} workers share {os.cpu_count()} cores")
+    sweep = Sweep(
+        data, model, tuple(names), found, tuple(range(seeds)), rows, held_out, search_rows, search_epochs,
+        _device(device),
+    )  # fmt: skip
+    with bars() as progress:
+        records = run_sweep(sweep, output, workers=workers, progress=progress)
+    if json:
+        print_json(records)
+        return
+    lines = [
+        (
+            record["task"],
+            record["variant"],
+            record["recipe"]["learning_rate"],
+            record["recipe"]["batch_size"],
+            record["recipe"]["seed"],
+            *(_percent(record.get(part)) for part in ("validation", "test")),
+        )
+        for record in records
+    ]
+    print_table("Runs", ("task", "method", "rate", "batch", "seed", "validation", "test"), lines)
+    note(f"`fishmask report {output}` sums them up")
+
+
+def _percent(scores: dict[str, float] | None) -> str:
+    return "diverged" if scores is None else f"{scores['score']:.2%}"
