@@ -114,7 +114,7 @@ def test_a_fresh_base_with_the_saved_adapter_predicts_the_same_bits(name, method
     tuned = peft_model(model, method, 0.25, head, 0)
     train(model)
     assert save_adapter(tuned, tmp_path) == tmp_path / "adapter"
-    fresh = make()
+    fresh = make().train()
     with torch.no_grad():  # a new head is random; the trained one must come from the file
         for key, p in fresh.named_parameters():
             if any(key.startswith(part.split(".")[0]) for part in head):
@@ -140,6 +140,42 @@ def test_the_seed_decides_the_adapter_alone(method, tmp_path):
 
     assert torch.equal(trained(0), trained(0))
     assert not torch.equal(trained(0), trained(1))
+
+
+def test_lora_adds_twice_its_two_factors():
+    tuned = peft_model(MODELS["bert"][0](), "lora", 0.5, ("classifier",), 0)
+    layer = tuned.get_submodule("base_model.model.bert.encoder.layer.0.intermediate.dense")
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+        x = torch.randn(5, 8, generator=generator(0))
+        change = 2 * (x @ layer.lora_A["default"].weight.T) @ layer.lora_B["default"].weight.T
+        torch.testing.assert_close(layer.train()(x), layer.base_layer(x) + change)
+
+
+@pytest.mark.parametrize("method", ["lora", "shira"])
+def test_nothing_asks_the_network(method, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    make, head = MODELS["bert"]
+    models = make(), make()
+    for model in models:
+        model.config._name_or_path = model.name_or_path = "someone/base-on-the-hub"
+    save_adapter(peft_model(models[0], method, 0.25, head, 0), tmp_path)
+    load_adapter(models[1], tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "shira"])
+def test_adapters_train_in_autocast(method):
+    model = MODELS["bert"][0]()
+    peft_model(model, method, 0.25, ("classifier",), 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch()).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
+    assert any(p.grad.any() for p in trained)
 
 
 def test_shira_draws_other_positions_in_every_layer():
@@ -386,7 +422,9 @@ def test_entries_are_chosen_where_training_moved_something():
 def test_a_large_penalty_closes_every_gate():
     data, model = sentences(), sure_bert()
     with pytest.warns(UserWarning, match="only 0 scores are not zero"):
-        mask, values = diff_pruning(model, data, DIFF, HEAD_ONLY, 80, penalty=1.0)
+        recipe = Recipe("diff", 0.2, batch_size=8, dense_rate=1e-2, exclude=("embeddings",))
+        mask, values = diff_pruning(model, data, recipe, HEAD_ONLY, 80, penalty=1.0)
+    assert not any("embeddings" in name for name in mask.indices)  # though the first of all ties at zero
     weights = dict(model.named_parameters())
     assert all(
         torch.equal(values[name], weights[name].detach().view(-1)[indices]) != name.startswith("classifier")
@@ -417,6 +455,21 @@ def test_the_model_comes_back_bit_for_bit_even_from_an_error():
         assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
             f"bert.embeddings.{name}" for name, _ in model.bert.embeddings.named_parameters()
         }
+
+
+def test_gates_are_drawn_by_the_seed_and_dropout_is_on():
+    data = sentences()
+
+    def values(seed, dropout_seed=0, dropout=0.0):
+        model = hf("BertForSequenceClassification", "BertConfig", **SURE | {"hidden_dropout_prob": dropout})()
+        recipe = Recipe("diff", 1.0, batch_size=len(data), dense_rate=1e-2, seed=seed)  # one batch, whatever the seed
+        torch.manual_seed(dropout_seed)
+        with pytest.warns(UserWarning, match="not zero"):  # all entries are chosen, those of unused tokens too
+            return torch.cat([*diff_pruning(model, data, recipe, HEAD_ONLY, 4)[1].values()])
+
+    assert torch.equal(values(0), values(0, dropout_seed=1))
+    assert (values(0) - values(1)).abs().max() > 1e-3
+    assert (values(0, dropout=0.3) - values(0, dropout_seed=1, dropout=0.3)).abs().max() > 1e-3
 
 
 def test_diff_pruning_reports_its_steps():

@@ -134,7 +134,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Any:
         wanted = set(peft.get_peft_model_state_dict(loaded, save_embedding_layers=False))
         if held != wanted:
             raise ValueError(f"tensors that only one of the two has: {', '.join(sorted(held ^ wanted)[:5])}")
-    return loaded.eval()
+    return loaded
 
 
 def _peft() -> Any:
