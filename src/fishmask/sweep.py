@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -24,14 +25,14 @@ import torch
 from fishmask.data import encode
 from fishmask.errors import Diverged, FishError
 from fishmask.glue import GlueTask, glue_task, hold_out, read_glue, take, task_score
-from fishmask.hub import load_for_training
+from fishmask.hub import load_for_training, load_tokenizer
 from fishmask.loop import Progress, no_progress
 from fishmask.measure import environment
 from fishmask.plot import plot_mask
-from fishmask.recipe import Recipe, changes_of, recipe_from
-from fishmask.run import MODEL_FILE, write_json, write_run
+from fishmask.recipe import Recipe, recipe_from
+from fishmask.run import MODEL_FILE, write_run
 from fishmask.train import Outcome, evaluate, fit
-from fishmask.workers import run_worker, tell, tell_result
+from fishmask.workers import end_with_starter, run_worker, stop_workers, tell, tell_result
 
 Record = dict[str, Any]
 
@@ -86,9 +87,20 @@ class Sweep:
         for name in ("tasks", "variants", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"a sweep needs at least one of {name}")
+        for name, least in (("rows", 2), ("search_rows", 1), ("search_epochs", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"the share to hold out must be in (0, 1), such as 0.1; got {self.held_out}")
         known = {(variant.name, variant.recipe) for variant in self.variants}
         if len(known) < len(self.variants):
             raise ValueError("two variants have the same name and the same settings; expected each once")
+        for task in self.tasks:
+            glue_task(task)
+            for variant in self.variants:
+                if not search_of(self, task, variant):  # which also checks every rate and batch size
+                    raise ValueError(f"{variant.name} needs at least one learning rate and one batch size to try")
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +121,9 @@ class Job:
     @cached_property
     def key(self) -> str:
         """The name of its folder below the sweep's folder; other settings, another folder."""
-        # Settings at their defaults are left out, so that new settings leave the names of old runs as they were.
-        content = json.dumps([self.task, self.variant, changes_of(self.recipe), self.sweep], sort_keys=True)
+        # All settings, those at their defaults too: after a change of a default the new run must not have the folder of
+        # the old one, which it would delete.
+        content = json.dumps([self.task, self.variant, asdict(self.recipe), self.sweep], sort_keys=True)
         return f"{self.task}/{self.variant.replace(' ', '-')}-{sha256(content.encode()).hexdigest()[:10]}"
 
 
@@ -180,13 +193,16 @@ def run_sweep(sweep: Sweep, folder: Path, *, workers: int = 1, progress: Progres
         progress: Called with "all runs" for the whole, and with the progress of each run.
 
     Returns:
-        The records of all the jobs of the sweep. They are in ``results.jsonl`` in the folder, too.
+        The records of all the jobs of the sweep. They are in ``results.jsonl`` in the folder, too, with those of every
+        other run that is finished there.
 
     Raises:
-        FishError: A run failed for another reason than a loss that is not finite; the others were finished first.
+        FishError: The model or the data cannot be read; or a run failed for another reason than a loss that is not
+            finite: the others were finished first.
     """
     for task in sweep.tasks:  # every fault of the data comes before the first hour of training
         read_glue(sweep.source, glue_task(task), "train"), read_glue(sweep.source, glue_task(task), "dev")
+    load_tokenizer(sweep.base)  # and so does a model that is not there
     folder.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // workers)
     records = finished(folder)
@@ -194,29 +210,32 @@ def run_sweep(sweep: Sweep, folder: Path, *, workers: int = 1, progress: Progres
     failed: dict[str, str] = {}
     running: dict[Future[Record], Job] = {}
     with ThreadPoolExecutor(workers) as pool:
-        while True:
-            busy = {job.key for job in running.values()}
-            waiting = [job for job in plan(sweep, records) if job.key not in {*records, *failed, *busy}]
-            for job in waiting[: workers - len(running)]:
-                running[pool.submit(_run_in_process, sweep, job, folder, threads, board)] = job
-            if not running:
-                break
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                job = running.pop(future)
-                try:
-                    records[job.key] = future.result()
-                except FishError as error:
-                    failed[job.key] = str(error)
-                board.finished(job)
-            _drop_whole_models(sweep, records, folder)
-    wanted = [records[job.key] for job in plan(sweep, records) if job.key in records]
-    lines = "".join(json.dumps(record) + "\n" for record in wanted)
-    (folder / "results.jsonl").write_text(lines, encoding="utf-8")
+        try:
+            while True:
+                _drop_whole_models(sweep, records, folder)
+                busy = {job.key for job in running.values()}
+                waiting = [job for job in plan(sweep, records) if job.key not in {*records, *failed, *busy}]
+                for job in waiting[: workers - len(running)]:
+                    running[pool.submit(_run_in_process, sweep, job, folder, threads, board)] = job
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    try:
+                        records[job.key] = future.result()
+                    except FishError as error:
+                        failed[job.key] = str(error)
+                    board.finished(job)
+        except BaseException:  # such as Ctrl-C, which reaches this thread alone
+            while wait(running, timeout=0.1).not_done:  # one may be about to start
+                stop_workers()
+            raise
+    lines = "".join(json.dumps(record) + "\n" for _, record in sorted(finished(folder).items()))
+    _write_whole(folder / "results.jsonl", lines)
     if failed:
         key, reason = next(iter(failed.items()))
         raise FishError(f"{len(failed)} of the runs failed, the first in {folder / key}: {reason}")
-    return wanted
+    return [records[job.key] for job in plan(sweep, records)]
 
 
 class _Board:
@@ -229,16 +248,15 @@ class _Board:
             name: min(len(read_glue(sweep.source, glue_task(name), "train")[""]), sweep.rows or sys.maxsize)
             for name in sweep.tasks
         }
-        self._done = 0
-        self._total = 0
+        jobs: set[Job] = set()
         for variant in sweep.variants:
             for task in sweep.tasks:
                 grid = search_of(sweep, task, variant)
-                later = {_repetition(sweep, variant, grid[0], seed) for seed in sweep.seeds} - set(grid)
-                self._total += sum(self._work(job) for job in [*grid, *later])
-        for job in plan(sweep, records):
-            if job.key in records:
-                self.finished(job)
+                # Whichever wins, its repetitions are as much work as those of the first.
+                jobs |= {*grid, *(_repetition(sweep, variant, grid[0], seed) for seed in sweep.seeds)}
+        self._total = sum(map(self._work, jobs))
+        self._done = sum(self._work(job) for job in plan(sweep, records) if job.key in records)
+        self._show()
 
     def _work(self, job: Job) -> int:
         rows: int = job.sweep.get("train_rows", self._rows[job.task])
@@ -249,11 +267,11 @@ class _Board:
         title = f"{job.task} {job.variant}"
 
         def report(phase: str, done: int, total: int) -> None:
-            self._progress(f"{title}: {phase}", done, total)
-            if phase == "training":
-                with self._lock:
+            with self._lock:  # reports come from one thread for each worker
+                self._progress(f"{title}: {phase}", done, total)
+                if phase == "training":
                     self._share[job.key] = self._work(job) * done / total
-                self._show()
+                    self._show()
 
         return report
 
@@ -262,20 +280,25 @@ class _Board:
         with self._lock:
             self._share.pop(job.key, None)
             self._done += self._work(job)
-        self._show()
+            self._show()
 
     def _show(self) -> None:
         self._progress("all runs", int(self._done + sum(self._share.values())), self._total)
 
 
 def finished(folder: Path) -> dict[str, Record]:
-    """Return the records of the finished runs below a folder by the keys of their jobs."""
+    """Return the records of the finished runs below a folder by the keys of their jobs.
+
+    A record that cannot be read, or that is no record of a sweep, is as good as none: that run is not finished.
+    """
     records = {}
     for path in sorted(folder.glob("*/*/metrics.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        # The key is computed again: if a default has changed since, the run is another than its name says.
-        job = Job(record["task"], record["variant"], recipe_from(record["recipe"]), record["sweep"])
-        records[job.key] = record
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            # The key is computed again: if a default has changed since, the run is another than its name says.
+            job = Job(record["task"], record["variant"], recipe_from(record["recipe"]), record["sweep"])
+            if "diverged" in record or isinstance(record["validation"]["score"], float):
+                records[job.key] = record
     return records
 
 
@@ -310,7 +333,9 @@ def run_job(settings: Mapping[str, Any], progress: Progress) -> Record:
     task, common = glue_task(settings["task"]), settings["sweep"]
     train, held_out = hold_out(read_glue(settings["source"], task, "train")[""], common["held_out"], common["rows"])
     if "train_rows" in common:
-        train = take(train, range(min(common["train_rows"], len(train))))
+        # At random: the rows are in the order of the file, which may be sorted by label.
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        train = take(train, sorted(order[: common["train_rows"]].tolist()))
     record: Record = {"task": task.name, "variant": settings["variant"], "base": common["base"]}
     record |= {"sweep": common, "rows": len(train), "held_out": len(held_out), "recipe": asdict(recipe)}
     try:
@@ -318,8 +343,15 @@ def run_job(settings: Mapping[str, Any], progress: Progress) -> Record:
     except Diverged as error:  # a rate that is too high is a finding of the search
         record["diverged"] = str(error)
     record |= environment()
-    write_json(folder / "metrics.json", record)
+    _write_whole(folder / "metrics.json", json.dumps(record, indent=2) + "\n")
     return record
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all, whenever this process is killed."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _train(
@@ -373,5 +405,6 @@ def _layers(outcome: Outcome, folder: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    end_with_starter()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     tell_result(run_job(json.loads(sys.argv[1]), tell))
