@@ -1,6 +1,7 @@
 """The commands ``fishmask glue ...`` and ``fishmask report``."""
 
 import os
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -197,10 +198,10 @@ def _recipe(density: float, epochs: int, max_length: int, examples: int, padding
 
 def _rates(options: list[str] | None) -> dict[str, tuple[float, ...]]:
     """Read the learning rates: under the name of a method, or under "" for those of all others."""
-    found = {}
+    found: dict[str, tuple[float, ...]] = {}
     for option in options or ():
         name, _, values = option.rpartition("=")
-        found[name] = _numbers(values, float, "--rates")
+        found[name] = (*found.get(name, ()), *_numbers(values, float, "--rates"))
     return found
 
 
@@ -210,18 +211,26 @@ def _sizes(option: str) -> tuple[int, ...]:
 
 def _numbers(text: str, kind: Any, option: str) -> tuple[Any, ...]:
     try:
-        return tuple(kind(value) for value in text.split(","))
+        numbers = tuple(kind(value) for value in text.split(","))
+        if not all(map(isfinite, numbers)):
+            raise ValueError("not finite")
     except ValueError as error:
         raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from error
+    return numbers
 
 
 def _device(name: str) -> str:
-    from torch import accelerator
+    import torch
 
-    if name != "auto":
-        return name
-    found = accelerator.current_accelerator()
-    return "cpu" if found is None else found.type
+    if name == "auto":
+        found = torch.accelerator.current_accelerator()
+        return "cpu" if found is None else found.type
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown one and for one that is not there
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {name}: {reason} (expected cpu, cuda, mps or auto)") from error
+    return name
 
 
 def _sweep(
@@ -231,7 +240,8 @@ def _sweep(
     from fishmask.glue import glue_task, tasks_in
     from fishmask.sweep import Sweep, run_sweep
 
-    names = [glue_task(name).name for name in task] if task else [known.name for known in tasks_in(data)]
+    asked = dict.fromkeys(glue_task(name).name for name in task or ())
+    names = list(asked) or [known.name for known in tasks_in(data)]
     if not names:
         raise ValueError(f"{data} has no task in GLUE's layout, such as RTE/train.tsv; or name tasks with --task")
     if workers > (os.cpu_count() or 1):

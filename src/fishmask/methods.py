@@ -95,11 +95,14 @@ def ablation(base: Sequence[Variant], setting: str, values: Sequence[str] | None
     Raises:
         ValueError: A value does not suit the setting.
     """
-    kind = type(ABLATIONS[setting][0])
+    known = ABLATIONS[setting]
+    kind = type(known[0])
     try:
-        chosen = ABLATIONS[setting] if values is None else tuple(kind(value) for value in values)
+        chosen = known if values is None else tuple(kind(value) for value in values)
+        if kind is str and not set(chosen) <= set(known):
+            raise ValueError(f"got {', '.join(chosen)}")
     except ValueError as error:
-        raise ValueError(f"{setting} takes values like {', '.join(map(str, ABLATIONS[setting]))}; {error}") from error
+        raise ValueError(f"{setting} takes values like {', '.join(map(str, known))}; {error}") from error
     return tuple(
         replace(variant, recipe=replace(variant.recipe, **{setting: value})) for variant in base for value in chosen
     )
