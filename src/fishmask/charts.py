@@ -1,13 +1,12 @@
 """Charts of runs, as PNG and SVG: scores against a swept number, layers of the masks, learning curves."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fishmask.errors import FishError
 from fishmask.records import Record, Result, identity, is_number, task_order
-from fishmask.rows import Row, method_rows, sweep_rows, text_of
+from fishmask.rows import method_rows, sweep_rows, text_of
 from fishmask.tables import layer_groups, layer_shares
 
 CAPTIONS = {
@@ -100,18 +99,6 @@ def _legend(figure: Any, handles: Mapping[str, Any]) -> None:
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
 
 
-def _looks(rows: Iterable[Row], results: Iterable[Result]) -> list[tuple[str, int]]:
-    """Return for each row the colour of its variant, the same in all charts, and which of the variant's rows it is."""
-    variants = list(dict.fromkeys(row.first.variant for row in method_rows(list(results))))
-    met: Counter[str] = Counter()
-    looks = []
-    for row in rows:
-        rounds, colour = divmod(variants.index(row.first.variant), len(_COLOURS))
-        looks.append((_COLOURS[colour], 3 * rounds + met[row.first.variant]))
-        met[row.first.variant] += 1
-    return looks
-
-
 def _draw_sweep(results: Sequence[Result], field: str) -> Any:
     """Draw one panel per task: score against a number of the recipe; None where it is not swept."""
     rows, values, tasks = sweep_rows(results, field)
@@ -119,20 +106,19 @@ def _draw_sweep(results: Sequence[Result], field: str) -> Any:
         return None
     values = [value for value in values if value is not None]
     levels = [row for row in method_rows(results) if field == "density" and row.first.density is None]
-    looks = _looks([*rows, *levels], results)
     figure, panels = _panels(len(tasks), 3, 3.6, 3.2 + 0.08 * len(rows))
     handles: dict[str, Any] = {}
     for axes, task in zip(panels, tasks, strict=True):
-        for i, (row, (colour, nth)) in enumerate(zip(rows, looks, strict=False)):
+        for i, row in enumerate(rows):
             found = {value: summary for value in values if (summary := row.scores([task], value))}
             shift = 1.25 ** ((i + 0.5) / len(rows) - 0.5)  # a little apart, so that error bars do not hide each other
             places, means = [shift * value for value in found], [100 * summary.mean for summary in found.values()]
             spreads = [100 * (summary.spread or 0) for summary in found.values()]
-            look = {"color": colour, "marker": _MARKERS[nth % len(_MARKERS)], "markersize": 5, "capsize": 3}
-            handles[row.label] = axes.errorbar(places, means, yerr=spreads, **look)
-        for i, row in enumerate(levels):
+            look = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "markersize": 5}
+            handles[row.label] = axes.errorbar(places, means, yerr=spreads, capsize=3, **look)
+        for i, row in enumerate(levels, len(rows)):
             if (level := row.scores([task])) is not None:
-                look = {"color": looks[len(rows) + i][0], "linestyle": _LINES[1 + i % 3]}
+                look = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _LINES[1 + i % 3]}
                 handles[row.label] = axes.axhline(100 * level.mean, **look)
         along = "entries trained" if field == "density" else "examples scored"
         axes.set(xscale="log", title=task, xlabel=along, ylabel="test score, %")
@@ -172,10 +158,9 @@ def _draw_curves(results: Sequence[Result], curves: Mapping[Any, Sequence[Record
     """Draw validation score and training loss of each task against the step; None without logs."""
     from matplotlib.ticker import MaxNLocator
 
-    rows = method_rows(results)
     logs = [
-        (result.task, row.label, look, curves[identity(record)])
-        for row, look in zip(rows, _looks(rows, results), strict=True)
+        (result.task, row.label, i, curves[identity(record)])
+        for i, row in enumerate(method_rows(results))
         for result in row.results.values()
         for record in result.records
         if curves.get(identity(record))
@@ -185,14 +170,14 @@ def _draw_curves(results: Sequence[Result], curves: Mapping[Any, Sequence[Record
     tasks = sorted({log[0] for log in logs}, key=task_order)
     figure, panels = _panels(2 * len(tasks), 2, 5.0, 2.8)
     handles: dict[str, Any] = {}
-    for task, label, (colour, nth), points in logs:
+    for task, label, nth, points in logs:
         # Logs of other programs may lack the task's score; then the metric that says most by itself.
         score = next((name for name in ("score", "accuracy", "pearson", "mcc") if name in points[-1]), "score")
         for i, (name, factor) in enumerate(((score, 100), ("train_loss", 1))):
             shown = [(point["step"], factor * point[name]) for point in points if is_number(point.get(name))]
-            look = {"color": colour, "linestyle": _LINES[nth % 4], "linewidth": 1, "marker": ".", "markersize": 4}
+            look = {"color": _COLOURS[nth % len(_COLOURS)], "linestyle": _LINES[nth // len(_COLOURS) % len(_LINES)]}
             axes = panels[2 * tasks.index(task) + i]
-            (handles[label],) = axes.plot([x for x, _ in shown], [y for _, y in shown], **look)
+            (handles[label],) = axes.plot([x for x, _ in shown], [y for _, y in shown], marker=".", **look)
             axes.set(title=task, xlabel="step", ylabel="training loss" if i else f"validation {name}, %")
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     _legend(figure, handles)

@@ -1,4 +1,4 @@
-"""Records of runs: reading them, choosing each group's setting by validation, and differences to full fine-tuning.
+"""Records of runs: reading them, and choosing each group's setting by validation.
 
 A *record* is one JSON object per run, as in the ``metrics.json`` of a run's folder or in a line of ``results.jsonl``.
 Records that differ only in learning rate, batch size and seed are one group, and each group yields one :class:`Result`.
@@ -7,7 +7,7 @@ Records that differ only in learning rate, batch size and seed are one group, an
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,19 @@ Record = dict[str, Any]
 Setting = tuple[float, int]
 Tried = Mapping[Setting, float | None]
 
+FREE_IN_SEARCH = ("rows", "epochs")  # fields in which a search may differ from the final runs, beside the setting
+_PARTS: dict[str, Any] = {  # what a record needs, and of which type
+    "task": str,
+    "variant": str,
+    "rows": int | None,
+    "recipe.method": str,
+    "recipe.learning_rate": int | float,
+    "recipe.batch_size": int,
+    "recipe.seed": int,
+    "recipe.epochs": int | None,
+    "recipe.density": int | float | None,
+    **dict.fromkeys(("validation", "test", "sweep", "layers"), dict | None),
+}
 _WITHOUT_DENSITY = ("full", "biases")  # the recipe has a density, but these methods ignore it
 _TASKS = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI")
 _METHODS = (
@@ -120,22 +133,11 @@ def check_record(record: Any) -> Record:
         raise ValueError("not a record: expected a JSON object")
     recipe = record.get("recipe")
     recipe = recipe if isinstance(recipe, dict) else {}
-    layers = record.get("layers") or {}
-    parts = {
-        "task": isinstance(record.get("task"), str),
-        "variant": isinstance(record.get("variant"), str),
-        "recipe.method": isinstance(recipe.get("method"), str),
-        "recipe.learning_rate": is_number(recipe.get("learning_rate")),
-        "recipe.batch_size": isinstance(recipe.get("batch_size"), int),
-        "recipe.seed": isinstance(recipe.get("seed"), int),
-        "recipe.density": recipe.get("density") is None or is_number(recipe["density"]),
-        "validation": isinstance(record.get("validation"), dict | None),
-        "test": isinstance(record.get("test"), dict | None),
-        "rows": record.get("rows") is None or is_number(record["rows"]),
-        "sweep": isinstance(record.get("sweep"), dict | None),
-        "layers": isinstance(layers, dict) and all(map(is_number, layers.values())),
-    }
-    if wrong := [name for name, right in parts.items() if not right]:
+    parts = record | {f"recipe.{name}": value for name, value in recipe.items()}
+    wrong = [name for name, kind in _PARTS.items() if not isinstance(parts.get(name), kind)]
+    if "layers" not in wrong and not all(map(is_number, (record.get("layers") or {}).values())):
+        wrong.append("layers")
+    if wrong:
         raise ValueError(f"not a record of a run: missing or wrong {', '.join(wrong)}")
     return record
 
@@ -150,14 +152,12 @@ def is_search(record: Record) -> bool:
     return (record.get("sweep") or {}).get("train_rows") is not None
 
 
-def group_of(record: Record) -> Any:
-    """Return what all runs of one result have in common: everything but setting and seed; hashable."""
-    return record["task"], record["variant"], tuple(sorted(_fields(record).items()))
+def group_of(record: Record, without: Sequence[str] = ()) -> Any:
+    """Return what all runs of one result have in common: everything but setting and seed; hashable.
 
-
-def searched_of(record: Record) -> Any:
-    """Return what a search on fewer rows shares with the final runs that follow it; hashable."""
-    fields = {name: value for name, value in _fields(record).items() if name not in ("rows", "epochs")}
+    Without ``FREE_IN_SEARCH`` it is what they have in common with their searches on fewer rows.
+    """
+    fields = {name: value for name, value in _fields(record).items() if name not in without}
     return record["task"], record["variant"], tuple(sorted(fields.items()))
 
 
@@ -269,15 +269,11 @@ def select_settings(records: Iterable[Record]) -> list[Result]:
     for record in _unique(records):
         if is_search(record):
             size = record.get("rows") or 0, record["recipe"].get("epochs") or 0
-            searches.setdefault(searched_of(record), {}).setdefault(size, []).append(record)
+            searches.setdefault(group_of(record, FREE_IN_SEARCH), {}).setdefault(size, []).append(record)
         else:
             groups.setdefault(group_of(record), []).append(record)
-    results = []
-    for group in groups.values():
-        before = sorted(searches.get(searched_of(group[0]), {}).items())
-        if (result := _select(group, {size: _tried(runs) for size, runs in before})) is not None:
-            results.append(result)
-    return sorted(results, key=order_of)
+    results = [_select(group, searches.get(group_of(group[0], FREE_IN_SEARCH), {})) for group in groups.values()]
+    return sorted((result for result in results if result is not None), key=order_of)
 
 
 def _tried(group: list[Record]) -> Tried:
@@ -287,7 +283,7 @@ def _tried(group: list[Record]) -> Tried:
     return scores | {_setting(r): _score(r, "validation") for r in group if _seed(r) == min(seeds)}
 
 
-def _select(group: list[Record], searches: Mapping[tuple[int, int], Tried]) -> Result | None:
+def _select(group: list[Record], searches: Mapping[tuple[int, int], list[Record]]) -> Result | None:
     tried = _tried(group)
     if len(tried) > 1 and set(tried.values()) == {None}:
         return None
@@ -300,7 +296,8 @@ def _select(group: list[Record], searches: Mapping[tuple[int, int], Tried]) -> R
 
     chosen = max(tried, key=goodness)
     runs = tuple(sorted((r for r in group if _setting(r) == chosen), key=_seed))
-    return Result(runs[0]["task"], runs[0]["variant"], _fields(runs[0]), *chosen, tried, searches, runs)
+    before = {size: _tried(searches[size]) for size in sorted(searches)}
+    return Result(runs[0]["task"], runs[0]["variant"], _fields(runs[0]), *chosen, tried, before, runs)
 
 
 def order_of(result: Result) -> tuple[Any, ...]:
@@ -323,8 +320,3 @@ def sortable(value: Any) -> tuple[int, float, str]:
 def tasks_of(results: Iterable[Result]) -> list[str]:
     """Return the tasks with any test score, in GLUE's order, others after them by name."""
     return sorted({result.task for result in results if result.scores}, key=task_order)
-
-
-def densities_of(results: Iterable[Result]) -> list[float]:
-    """Return the densities, fractions, from the lowest."""
-    return sorted({result.density for result in results if result.density is not None})

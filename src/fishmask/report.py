@@ -3,34 +3,15 @@
 import html
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
+from fishmask import tables
 from fishmask.charts import CAPTIONS, INK, need_matplotlib, write_charts
-from fishmask.records import (
-    Record,
-    densities_of,
-    group_of,
-    is_search,
-    read_runs,
-    searched_of,
-    select_settings,
-    task_order,
-    tasks_of,
-)
+from fishmask.records import FREE_IN_SEARCH, Record, group_of, is_search, read_runs, select_settings, tasks_of
 from fishmask.rows import differences, full_of, method_rows, named_results, text_of
-from fishmask.tables import (
-    Table,
-    costs_table,
-    differences_table,
-    layers_table,
-    markdown,
-    methods_table,
-    search_table,
-    sweep_table,
-)
 
 # Fields that a fair comparison with full fine-tuning has in common.
 _SHARED = ("epochs", "max_length", "weight_decay", "clip", "precision", "padding")
@@ -40,6 +21,10 @@ _SWEPT = {
     "labels": "Labels of the scores",
     "score": "Squared against absolute gradients",
 }
+_READING = (
+    "Mean ± standard deviation over seeds (count of seeds). The average is the mean over the tasks per seed, then over "
+    "the seeds. Differences to full fine-tuning are paired by seed."
+)
 
 
 def report(paths: Iterable[str | Path], output: Path, title: str = "fishmask report") -> dict[str, Any]:
@@ -72,11 +57,11 @@ def report(paths: Iterable[str | Path], output: Path, title: str = "fishmask rep
     results = select_settings(found.records)
     output.mkdir(parents=True, exist_ok=True)
     charts = write_charts(results, found.curves, output)
-    pictures = {name: (output / f"{name}.svg").read_text(encoding="utf-8") for name in charts}
-    parts = sections(found.records, charts)
-    missing = gaps(found.records, found.skipped)
-    (output / "report.md").write_text(markdown_page(title, missing, parts), encoding="utf-8")
-    (output / "report.html").write_text(html_page(title, missing, parts, pictures), encoding="utf-8")
+    missing = _missing(gaps(found.records, found.skipped))
+    blocks = [_heading(1, title), *missing, *_sections(found.records, charts, output)]
+    page = _PAGE.substitute(title=html.escape(title), body="\n".join(block.html for block in blocks))
+    (output / "report.md").write_text("\n\n".join(block.markdown for block in blocks) + "\n", encoding="utf-8")
+    (output / "report.html").write_text(page, encoding="utf-8")
     return {
         "markdown": str(output / "report.md"),
         "html": str(output / "report.html"),
@@ -88,71 +73,63 @@ def report(paths: Iterable[str | Path], output: Path, title: str = "fishmask rep
     }
 
 
-class Section(NamedTuple):
-    """A part of the report: a heading, a paragraph, tables by their captions, and the names of charts."""
+class _Block(NamedTuple):
+    """A heading, paragraph, list, table or chart in both languages."""
 
-    heading: str
-    text: str
-    tables: Mapping[str, Table]
-    charts: Sequence[str]
+    markdown: str
+    html: str
 
 
-def sections(records: Sequence[Record], charts: Sequence[str]) -> list[Section]:
+def _heading(level: int, text: str) -> _Block:
+    return _Block(f"{'#' * level} {tables.markdown(text)}", f"<h{level}>{html.escape(text)}</h{level}>")
+
+
+def _missing(lines: Sequence[str]) -> list[_Block]:
+    if not lines:
+        return []
+    items = "\n".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    listed = _Block("\n".join(f"- {tables.markdown(line)}" for line in lines), f"<ul>\n{items}\n</ul>")
+    return [_heading(2, "What is missing"), listed]
+
+
+def _sections(records: Sequence[Record], charts: Sequence[str], folder: Path) -> Iterator[_Block]:
     """Arrange tables and charts; what is empty is left out."""
-    scores: dict[str, Table] = {}
-    densities: list[float | None] = [*densities_of(select_settings(records))]
+    results = select_settings(records)
+    scores: dict[str, tables.Table] = {}
+    densities: list[float | None] = [*sorted({r.density for r in results if r.density is not None})]
     for density in densities or [None]:
         at = "" if density is None else f", density {text_of(density, 'density')}"
-        scores[f"Test score in percent{at}"] = methods_table(records, density)
-        scores[f"Test score minus full fine-tuning in points{at}"] = differences_table(records, density)
-    made = [
-        Section(
-            "Methods",
-            "Mean ± standard deviation over seeds (count of seeds). The average is the mean over the tasks per seed, "
-            "then over the seeds. Learning rate and batch size were chosen on validation scores alone. Differences to "
-            "full fine-tuning are paired by seed.",
-            scores,
-            [],
-        ),
-        Section(
-            "Settings",
-            "Chosen by the validation score at the lowest seed; test scores play no part.",
-            {"Validation score in percent by learning rate, the chosen one in bold": search_table(records)},
-            [],
-        ),
-        Section(
-            "Sweeps",
-            "Test score in percent, cells as above.",
-            {heading: sweep_table(records, field) for field, heading in _SWEPT.items()},
-            ["density", "examples"],
-        ),
-        Section(
-            "Where the budget went",
-            "Share of the mask's entries by layer in percent.",
-            {"By layer": layers_table(records)},
-            ["layers"],
-        ),
-        Section("Costs", _machines(records), {"Means over the seeds": costs_table(records)}, []),
-        Section("Learning curves", f"{CAPTIONS['curves']}.", {}, ["curves"]),
+        scores[f"Test score in percent{at}"] = tables.methods_table(records, density)
+        scores[f"Test score minus full fine-tuning in points{at}"] = tables.differences_table(records, density)
+    search = {"Validation score in percent by learning rate, the chosen one in bold": tables.search_table(records)}
+    layers = {"By layer, in percent": tables.layers_table(records)}
+    swept = {heading: tables.sweep_table(records, field) for field, heading in _SWEPT.items()}
+    parts: list[tuple[str, str, dict[str, tables.Table], list[str]]] = [
+        ("Methods", _READING, scores, []),
+        ("Settings", "Chosen by the validation score at the lowest seed, never by test scores.", search, []),
+        ("Sweeps", "Test score in percent, cells as above.", swept, ["density", "examples"]),
+        ("Where the budget went", "Share of each mask's entries.", layers, ["layers"]),
+        ("Costs", _machines(records), {"Means over the seeds": tables.costs_table(records)}, []),
+        ("Learning curves", "Of the runs at the chosen settings.", {}, ["curves"]),
     ]
-    kept = [
-        part._replace(
-            tables={caption: table for caption, table in part.tables.items() if table},
-            charts=[name for name in part.charts if name in charts],
-        )
-        for part in made
-    ]
-    return [part for part in kept if part.tables or part.charts]
+    for heading, text, made, names in parts:
+        shown = [name for name in names if name in charts]
+        if shown or any(made.values()):
+            yield from (_heading(2, heading), _Block(tables.markdown(text), f"<p>{html.escape(text)}</p>"))
+        for caption, table in made.items():
+            if table:
+                yield from (_heading(3, caption), _Block(table, f'<div class="scroll">\n{table.html()}\n</div>'))
+        for name in shown:
+            picture = _inline((folder / f"{name}.svg").read_text(encoding="utf-8"), CAPTIONS[name])
+            figure = f"<figure>\n{picture}\n<figcaption>{CAPTIONS[name]}</figcaption>\n</figure>"
+            yield _Block(f"![{CAPTIONS[name]}]({name}.png)", figure)
 
 
 def _machines(records: Iterable[Record]) -> str:
     """Say where the runs were made."""
-    machines = {
-        f"{r['processor']}, {r.get('threads', '?')} thread(s), torch {r.get('torch', '?')}"
-        for r in records
-        if "processor" in r
-    }
-    told = f"Measured on: {'; '.join(sorted(machines))}. " if machines else ""
+    parts = [(r["processor"], r.get("threads", "?"), r.get("torch", "?")) for r in records if "processor" in r]
+    machines = "; ".join(sorted({f"{name}, {threads} thread(s), torch {torch}" for name, threads, torch in parts}))
+    told = f"Measured on: {machines}. " if machines else ""
     return f"{told}Times compare only between runs on the same machine with the same load."
 
 
@@ -166,10 +143,10 @@ def gaps(records: Iterable[Record], skipped: Sequence[str] = ()) -> list[str]:
     records = list(records)
     results = select_settings(records)
     rows, tasks, named = method_rows(results), tasks_of(results), named_results(results)
-    tested = [(name, r) for name, r in named if r.scores]
-    compared = [(name, r, full_of(r, results)) for name, r in tested if r.method != "full"]
+    compared = [(name, r, full_of(r, results)) for name, r in named if r.scores and r.method != "full"]
     final = [record for record in records if not is_search(record)]
-    chosen, searched = {group_of(r.records[0]) for r in results}, {searched_of(record) for record in final}
+    decided = {group_of(result.records[0]) for result in results}
+    followed = {group_of(record, FREE_IN_SEARCH) for record in final}
 
     def on(pairs: Iterable[tuple[str, str]]) -> list[str]:
         by_name: dict[str, dict[str, None]] = {}
@@ -179,16 +156,18 @@ def gaps(records: Iterable[Record], skipped: Sequence[str] = ()) -> list[str]:
 
     lists = {
         "No validation score to choose a setting by, so left out": on(
-            (record["variant"], record["task"]) for record in final if group_of(record) not in chosen
+            (r["variant"], r["task"]) for r in final if group_of(r) not in decided
         ),
         "Searched on fewer rows, but not yet run on all": on(
-            (r["variant"], r["task"]) for r in records if is_search(r) and searched_of(r) not in searched
+            (r["variant"], r["task"]) for r in records if is_search(r) and group_of(r, FREE_IN_SEARCH) not in followed
         ),
-        "No test score at all (a task whose test part has no labels, or runs for the search only)": sorted(
-            {result.task for _, result in named} - set(tasks), key=task_order
+        "No test score (a task whose test part has no labels, or a run for the search only)": on(
+            (name, r.task) for name, r in named if not r.scores
         ),
-        "No test score": on((name, r.task) for name, r in named if not r.scores and r.task in tasks),
-        "One seed only, so no spread": on((name, r.task) for name, r in tested if len(r.scores) == 1),
+        "No average, because a task is missing": on(
+            (row.label, task) for row in rows for task in tasks if row.tested and row.scores([task]) is None
+        ),
+        "One seed only, so no spread": on((name, r.task) for name, r in named if len(r.scores) == 1),
         "The best learning rate is the lowest or the highest tried, so a better one may lie beyond": on(
             (name, f"{r.task} {r.learning_rate:g}") for name, r in named if r.at_edge
         ),
@@ -201,40 +180,27 @@ def gaps(records: Iterable[Record], skipped: Sequence[str] = ()) -> list[str]:
             for tried in (r.tried, *r.searches.values())
             if len(tried) > 1 and None in tried.values()
         ),
-        "No average, because a task is missing": on(
-            (row.label, task) for row in rows for task in tasks if row.tested and row.scores([task]) is None
-        ),
-        "Averages over fewer seeds than some task has": on(
-            (row.label, f"{common.seeds}")
-            for row in rows
-            if (common := row.scores(tasks)) and common.seeds < max(len(r.scores) for r in row.results.values())
-        ),
         "No full fine-tuning of the same base, rows and seed to compare with": on(
             (name, r.task) for name, r, _ in compared if not differences(r, results)
         ),
         "Compared with a full fine-tuning whose recipe differs": on(
             (name, f"{r.task}: {field.replace('_', ' ')}")
             for name, r, full in compared
-            if full is not None
             for field in _SHARED
-            if r.fields.get(field) != full.fields.get(field)
+            if full is not None and r.fields.get(field) != full.fields.get(field)
         ),
         "Not read": list(skipped),
     }
     return [f"{what}: {'; '.join(items)}." for what, items in lists.items() if items]
 
 
-def markdown_page(title: str, missing: Sequence[str], parts: Iterable[Section]) -> str:
-    """Return the report as Markdown; it shows the charts' PNG files beside it."""
-    blocks = [f"# {markdown(title)}"]
-    if missing:
-        blocks += ["## What is missing", "\n".join(f"- {markdown(line)}" for line in missing)]
-    for part in parts:
-        blocks += [f"## {part.heading}", markdown(part.text)]
-        for caption, table in part.tables.items():
-            blocks += [f"### {caption}", str(table)]
-        blocks += [f"![{CAPTIONS[name]}]({name}.png)" for name in part.charts]
-    return "\n\n".join(blocks) + "\n"
+def _inline(svg: str, caption: str) -> str:
+    """Make a matplotlib SVG part of a page: no prolog, no ids that would occur twice, colours of the page."""
+    svg = svg[svg.index("<svg ") :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = svg.replace(INK, "currentColor").replace("fill: #ffffff", "fill: none")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{caption}" ', 1)
 
 
 _PAGE = Template("""<!DOCTYPE html>
@@ -251,7 +217,6 @@ body { margin: 0 auto; max-width: 68rem; padding: 1.5rem 1rem 4rem; background: 
   font: 16px/1.5 system-ui, sans-serif; }
 h2 { margin-top: 2.5rem; }
 p, li { max-width: 46rem; overflow-wrap: anywhere; }
-nav a { color: inherit; margin-right: 1rem; }
 .scroll, figure { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
@@ -261,41 +226,7 @@ thead, figcaption { color: var(--soft); font-size: .875rem; }
 </style>
 </head>
 <body>
-<h1>$title</h1>
 $body
 </body>
 </html>
 """)
-
-
-def html_page(title: str, missing: Sequence[str], parts: Sequence[Section], pictures: Mapping[str, str]) -> str:
-    """Return the report as one page that needs no other file.
-
-    Args:
-        title: The heading.
-        missing: Sentences about what is missing.
-        parts: The sections.
-        pictures: The text of each chart's SVG file by name.
-    """
-    links = "\n".join(f'<a href="#part-{i}">{part.heading}</a>' for i, part in enumerate(parts))
-    body = [f"<nav>\n{links}\n</nav>"]
-    if missing:
-        items = "\n".join(f"<li>{html.escape(line)}</li>" for line in missing)
-        body.append(f"<h2>What is missing</h2>\n<ul>\n{items}\n</ul>")
-    for i, part in enumerate(parts):
-        body.append(f'<h2 id="part-{i}">{part.heading}</h2>\n<p>{html.escape(part.text)}</p>')
-        for caption, table in part.tables.items():
-            body.append(f'<h3>{html.escape(caption)}</h3>\n<div class="scroll">\n{table.html()}\n</div>')
-        for name in part.charts:
-            caption = html.escape(CAPTIONS[name])
-            body.append(f"<figure>\n{_inline(pictures[name], caption)}\n<figcaption>{caption}</figcaption>\n</figure>")
-    return _PAGE.substitute(title=html.escape(title), body="\n".join(body))
-
-
-def _inline(svg: str, caption: str) -> str:
-    """Make a matplotlib SVG part of a page: no prolog, no ids that would occur twice, colours of the page."""
-    svg = svg[svg.index("<svg ") :].strip()
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = svg.replace(INK, "currentColor").replace("fill: #ffffff", "fill: none")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{caption}" ', 1)

@@ -120,28 +120,20 @@ def text_of(value: Any, field: str = "") -> str:
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-class Swept(NamedTuple):
-    """The rows of a sweep, the values of its field in order, and the tasks on which it was swept."""
+def sweep_rows(results: Sequence[Result], field: str) -> tuple[list[Row], list[Any], list[str]]:
+    """Return the rows in which a field takes several values on one task, its values in order, and those tasks.
 
-    rows: list[Row]
-    values: list[Any]
-    tasks: list[str]
-
-
-def sweep_rows(results: Sequence[Result], field: str) -> Swept:
-    """Return the rows in which a field takes several values on one task; nothing where it never does.
-
-    With the density, methods that were run at one density only are shown beside those that were swept.
+    With the density, methods that were run at one density only stand beside those that were swept.
     """
     rows, tasks = [], set()
     for row in method_rows(results, field):
-        tested = [(task, value) for (task, value), result in row.results.items() if result.scores]
+        tested = [key for key, result in row.results.items() if result.scores]
         swept = {task for task, count in Counter(task for task, _ in tested).items() if count > 1}
         tasks |= swept
         if swept or (field == "density" and any(value is not None for _, value in tested)):
             rows.append(row)
     values = {value for row in rows for task, value in row.results if task in tasks}
-    return Swept(rows if tasks else [], sorted(values, key=sortable), sorted(tasks, key=task_order))
+    return rows if tasks else [], sorted(values, key=sortable), sorted(tasks, key=task_order)
 
 
 def full_of(result: Result, results: Iterable[Result]) -> Result | None:
