@@ -1,7 +1,7 @@
 """Choosing the entries to train, by every method that a recipe knows."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from fishmask.data import Encoded
 from fishmask.fisher import scores
 from fishmask.loop import Descent, Progress, no_progress
 from fishmask.mask import Mask
-from fishmask.params import canonical_parameters
+from fishmask.params import canonical_parameters, matching
 from fishmask.recipe import Recipe
 
 
@@ -30,10 +30,11 @@ def choose(
     Raises:
         ValueError: The method trains no mask.
     """
+    exclude = (*recipe.exclude, *(outside_of_layers(model, keep) if recipe.among == "layers" else ()))
     if recipe.method == "random":
-        return Mask.random(model, recipe.density, recipe.seed, keep=keep, exclude=recipe.exclude)
+        return Mask.random(model, recipe.density, recipe.seed, keep=keep, exclude=exclude)
     if recipe.method == "magnitude":
-        return Mask.magnitude(model, recipe.density, keep=keep, exclude=recipe.exclude)
+        return Mask.magnitude(model, recipe.density, keep=keep, exclude=exclude)
     if recipe.method == "biases":
         return Mask.biases(model, keep=keep)
     if recipe.method == "movement":
@@ -42,7 +43,26 @@ def choose(
         found = _scores(model, data, recipe, progress)
     else:
         raise ValueError(f"method={recipe.method!r} chooses no entries by itself")
-    return Mask.from_scores(found, recipe.density, keep=keep, exclude=recipe.exclude)
+    return Mask.from_scores(found, recipe.density, keep=keep, exclude=exclude)
+
+
+def outside_of_layers(model: nn.Module, keep: Sequence[str] = ()) -> list[str]:
+    """Name the parameters that are no weight matrices of the model's layers, the kept ones apart.
+
+    A layer is a module with a number in its name, such as ``encoder.layer.3``; a weight matrix has two dimensions or
+    more (a convolution's kernel is one).
+
+    Raises:
+        ValueError: The model has no such matrix.
+    """
+    parameters = canonical_parameters(model)
+    kept = set(matching(parameters, keep, "keep"))
+    inside = {
+        name for name, p in parameters.items() if p.dim() > 1 and any(part.isdecimal() for part in name.split("."))
+    }
+    if not inside - kept:
+        raise ValueError(f"{type(model).__name__} has no weight matrix in a numbered layer; use among='all'")
+    return [name for name in parameters if name not in inside | kept]
 
 
 def _scores(model: nn.Module, data: Encoded, recipe: Recipe, progress: Progress) -> dict[str, Tensor]:

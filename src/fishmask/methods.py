@@ -36,6 +36,7 @@ METHODS = {
     "snip": NamedMethod("largest |weight × gradient|", {"method": "snip"}),
     "magnitude": NamedMethod("largest |weight|", {"method": "magnitude"}),
     "random": NamedMethod("random entries", {"method": "random"}),
+    "random-layers": NamedMethod("random entries of the layers' weights", {"method": "random", "among": "layers"}),
     "movement": NamedMethod("entries that a dense training moves most (LT-SFT)", {"method": "movement"}),
     "biases": NamedMethod("all biases (BitFit)", {"method": "biases"}, HIGHER_RATES),
     "lora": NamedMethod("LoRA of the same size, by PEFT", {"method": "lora"}, HIGHER_RATES),

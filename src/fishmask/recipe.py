@@ -31,6 +31,8 @@ class Recipe:
         warm_up_head: Steps in which only the kept parameters train, before the entries are chosen.
         keep: Patterns of parameters to train whole; empty means the new head.
         exclude: Patterns of parameters never to train.
+        among: What may be chosen: "all" entries, or those of the weight matrices in the model's "layers", which leaves
+            out embeddings, poolers, norms and biases (see :func:`fishmask.choose.outside_of_layers`).
         labels: Whose labels the scores use (see :func:`fishmask.fisher`).
         examples: Training examples to score; all of them when there are fewer.
         engine: How the scores are computed (see :func:`fishmask.fisher`).
@@ -54,6 +56,7 @@ class Recipe:
     warm_up_head: int = 0
     keep: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    among: Literal["all", "layers"] = "all"
     labels: Literal["given", "expected", "sampled"] = "given"
     examples: int = 1024
     engine: Literal["auto", "batched", "loop"] = "auto"
@@ -67,6 +70,7 @@ class Recipe:
         for name, known in (
             ("method", get_args(Method)),
             ("precision", get_args(Precision)),
+            ("among", ("all", "layers")),
             ("score", ("square", "absolute")),
             ("padding", ("longest", "max")),
         ):
@@ -82,8 +86,8 @@ class Recipe:
                 raise ValueError(f"{name} must not be below 0; got {getattr(self, name)}")
         if self.method in (*MASKLESS, "diff", "movement") and self.warm_up_head:
             raise ValueError(f"warm_up_head is for masks chosen by a score; method={self.method!r} takes none")
-        if self.method in ("biases", *MASKLESS) and self.exclude:
-            raise ValueError(f"exclude is for masks chosen by density; method={self.method!r} takes none")
+        if self.method in ("biases", *MASKLESS) and (self.exclude or self.among != "all"):
+            raise ValueError(f"exclude and among are for masks chosen by density; method={self.method!r} takes none")
 
 
 def recipe_from(settings: Mapping[str, Any]) -> Recipe:
