@@ -68,7 +68,7 @@ class Sweep:
         held_out: Share of the training examples to choose on.
         search_rows: Search with only so many of the rows to train on; by default with all of them, and then the winner
             of the search is also the first of the repetitions.
-        search_epochs: Search with only so many epochs.
+        search_epochs: Search with only so many epochs, too.
         device: Where to train.
     """
 
@@ -93,6 +93,8 @@ class Sweep:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"the share to hold out must be in (0, 1), such as 0.1; got {self.held_out}")
+        if self.search_epochs and not self.search_rows:
+            raise ValueError("search_epochs goes with search_rows: say how many rows the shorter search is to use")
         known = {(variant.name, variant.recipe) for variant in self.variants}
         if len(known) < len(self.variants):
             raise ValueError("two variants have the same name and the same settings; expected each once")
