@@ -8,6 +8,7 @@ always trained whole, inside the budget. Everything but the final table was chos
 
 Appends one JSON line per run to results/recipe.jsonl and skips the runs that are there already. The results were taken
 with one thread; the last bits of a sum, and so the fourth digit of a correlation, depend on the number of threads.
+Times were taken beside other work; "seconds_search" is null where one search served several runs.
 SST-2 is read from ../shared/data/glue: rows 0-3,000 train, 10,000-11,000 validate.
 """
 
