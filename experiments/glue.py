@@ -27,6 +27,7 @@ VARIANTS = {
         Variant("fish paper", replace(COMMON, method="fish"), (3e-4, 1e-3, 3e-3), SIZES),
         Variant("random", replace(COMMON, method="random"), (3e-3, 1e-2, 3e-2), SIZES),
         Variant("random layers", replace(COMMON, method="random", among="layers"), (3e-3, 1e-2, 3e-2), SIZES),
+        Variant("narrowing", replace(COMMON, method="narrowing", among="layers"), (3e-3, 1e-2, 3e-2), SIZES),
         Variant("biases", replace(COMMON, method="biases"), (1e-3, 3e-3, 1e-2), SIZES),
         Variant("lora", replace(COMMON, method="lora"), (5e-4, 1.5e-3, 5e-3), SIZES),
         Variant("movement", replace(COMMON, method="movement"), (1e-3, 3e-3, 1e-2), SIZES),

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fishmask.attach import attach
 from fishmask.data import Encoded
 from fishmask.fisher import scores
 from fishmask.loop import Descent, Progress, no_progress
 from fishmask.mask import Mask
 from fishmask.params import canonical_parameters, matching
 from fishmask.recipe import Recipe
+from fishmask.select import budget, random_k, top_k
 
 
 def choose(
@@ -79,6 +81,48 @@ def _scores(model: nn.Module, data: Encoded, recipe: Recipe, progress: Progress)
         engine=recipe.engine,
         seed=recipe.seed,
     )
+
+
+def narrow(
+    model: nn.Module, data: Encoded, recipe: Recipe, keep: tuple[str, ...] = (), progress: Progress = no_progress
+) -> tuple[Mask, dict[str, Tensor]]:
+    """Choose the entries that move most when ``recipe.candidates`` times too many, drawn at random, are trained.
+
+    This is "movement" at the cost of a sparse training: state for the candidates alone, no dense optimizer. It takes
+    the first ``recipe.search_epochs`` epochs of the training, on the schedule of the whole.
+
+    Returns:
+        The mask, and the values that the kept parameters have learnt meanwhile, by name. All other entries of the model
+        are as they were; so are those of the kept parameters until the caller writes the values.
+
+    Raises:
+        ValueError: Nothing is left to choose from (see ``Mask.random``).
+        Diverged: The loss is not finite.
+    """
+    exclude = (*recipe.exclude, *(outside_of_layers(model, keep) if recipe.among == "layers" else ()))
+    sizes = {name: p.numel() for name, p in canonical_parameters(model).items()}
+    kept, free, k = budget(sizes, recipe.density, keep, exclude)
+    room = {name: sizes[name] for name in free}
+    wide = random_k(room, min(recipe.candidates * k, sum(room.values())), recipe.seed)
+    whole = {name: torch.arange(sizes[name]) for name in kept}
+    tuning = attach(model, Mask.from_indices({**wide, **whole}))
+    try:
+        start = {name: values.detach().clone() for name, values in tuning.named_parameters()}
+        per_epoch = math.ceil(len(data) / recipe.batch_size)
+        descent = Descent(model, tuning.parameters(), recipe.search_rate, recipe.epochs * per_epoch, recipe)
+        step = 0
+        for epoch in range(recipe.search_epochs):
+            for rows in data.shuffled(recipe.batch_size, seed=recipe.seed + 1000 * epoch):
+                descent.step(data.batch(rows))
+                step += 1
+                progress("narrowing", step, recipe.search_epochs * per_epoch)
+        end = {name: values.detach().clone() for name, values in tuning.named_parameters()}
+    finally:
+        tuning.revert()
+        model.eval()
+    moved = top_k({name: (end[name] - start[name]).abs() for name in wide}, k)
+    chosen = {name: wide[name][places.cpu()] for name, places in moved.items()}
+    return Mask.from_indices({**chosen, **whole}), {name: end[name] for name in kept}
 
 
 def counted(batches: Iterator[dict[str, Tensor]], examples: int, progress: Progress) -> Iterator[dict[str, Tensor]]:

@@ -59,8 +59,9 @@ def train(
 
     rate = learning_rate if learning_rate is not None else 5e-5 if method == "full" else 5e-4
     recipe = Recipe(
-        method, density, rate, epochs, batch_size, max_length, seed, weight_decay, clip, warm_up_head,
-        tuple(keep or ()), tuple(exclude or ()), labels, examples, engine,
+        method=method, density=density, learning_rate=rate, epochs=epochs, batch_size=batch_size, max_length=max_length,
+        seed=seed, weight_decay=weight_decay, clip=clip, warm_up_head=warm_up_head, keep=tuple(keep or ()),
+        exclude=tuple(exclude or ()), labels=labels, examples=examples, engine=engine,
     )  # fmt: skip
     columns = {"text": text, "label": label, "pair": pair, "task": task}
     with bars() as progress:

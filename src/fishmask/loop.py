@@ -24,15 +24,22 @@ class Descent:
         rate: The first learning rate.
         steps: The number of steps.
         recipe: Weight decay, clipping and precision.
+        first: How many of the steps are over already.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Iterable[nn.Parameter], rate: float, steps: int, recipe: Recipe
+        self,
+        model: nn.Module,
+        parameters: Iterable[nn.Parameter],
+        rate: float,
+        steps: int,
+        recipe: Recipe,
+        first: int = 0,
     ) -> None:
         self._model, self._recipe = model, recipe
         self._device = device_of(model)
         self.optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=recipe.weight_decay, fused=True)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / steps)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - (first + step) / steps)
 
     def step(self, batch: dict[str, Tensor]) -> float:
         """Take one step and return the loss.

@@ -38,6 +38,9 @@ METHODS = {
     "random": NamedMethod("random entries", {"method": "random"}),
     "random-layers": NamedMethod("random entries of the layers' weights", {"method": "random", "among": "layers"}),
     "movement": NamedMethod("entries that a dense training moves most (LT-SFT)", {"method": "movement"}),
+    "narrowing": NamedMethod(
+        "entries that move most among ten times too many", {"method": "narrowing", "among": "layers"}
+    ),
     "biases": NamedMethod("all biases (BitFit)", {"method": "biases"}, HIGHER_RATES),
     "lora": NamedMethod("LoRA of the same size, by PEFT", {"method": "lora"}, HIGHER_RATES),
     "shira": NamedMethod("SHiRA of the same size, by PEFT", {"method": "shira"}, HIGHER_RATES),

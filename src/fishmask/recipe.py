@@ -5,7 +5,18 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 Method = Literal[
-    "fish", "gradient", "snip", "magnitude", "random", "biases", "movement", "diff", "lora", "shira", "full"
+    "fish",
+    "gradient",
+    "snip",
+    "magnitude",
+    "random",
+    "biases",
+    "movement",
+    "narrowing",
+    "diff",
+    "lora",
+    "shira",
+    "full",
 ]
 Precision = Literal["float32", "bfloat16"]
 MASKLESS = ("full", "lora", "shira")
@@ -18,8 +29,9 @@ class Recipe:
     Attributes:
         method: How the entries to train are chosen. "fish", "gradient", "snip", "magnitude" and "random" rank them by a
             score (see :func:`fishmask.scores`); "biases" takes all biases (BitFit); "movement" takes those that move
-            most in a dense training beforehand (see :func:`fishmask.choose.movement`); "diff" is Diff Pruning, "lora"
-            and "shira" are the adapters of PEFT (see :mod:`fishmask.rivals`); "full" trains everything.
+            most in a dense training beforehand (see :func:`fishmask.choose.movement`); "narrowing" those that move most
+            in a training of ``candidates`` times too many (see :func:`fishmask.choose.narrow`); "diff" is Diff
+            Pruning, "lora" and "shira" are the adapters of PEFT (see :mod:`fishmask.rivals`); "full" trains everything.
         density: Share of all entries to train, the head included; not used by "biases" and "full".
         learning_rate: Peak learning rate; it falls linearly to zero.
         epochs: Passes over the training data, warm-up included.
@@ -39,6 +51,9 @@ class Recipe:
         score: What "fish" sums over the examples: the "square" of each gradient, or its "absolute" value.
         dense_epochs: Passes of the dense training of "movement" and "diff", in addition to ``epochs``.
         dense_rate: Its peak learning rate.
+        candidates: How many times the budget "narrowing" trains at first.
+        search_epochs: For how many of the ``epochs`` it does.
+        search_rate: At what peak learning rate.
         precision: "bfloat16" runs the forward in autocast; weights, gradients and scores stay float32.
         padding: "longest" puts examples of like length together and pads to the longest of a batch; "max" shuffles
             freely and pads every batch to ``max_length``.
@@ -63,6 +78,9 @@ class Recipe:
     score: Literal["square", "absolute"] = "square"
     dense_epochs: int = 1
     dense_rate: float = 1e-4
+    candidates: int = 10
+    search_epochs: int = 1
+    search_rate: float = 3e-3
     precision: Precision = "float32"
     padding: Literal["longest", "max"] = "longest"
 
@@ -78,13 +96,18 @@ class Recipe:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be a fraction in (0, 1], such as 0.005 for 0.5 %; got {self.density}")
-        for name in ("learning_rate", "epochs", "batch_size", "max_length", "examples", "dense_epochs", "dense_rate"):
+        above = ("learning_rate", "epochs", "batch_size", "max_length", "examples", "dense_epochs", "dense_rate")
+        for name in (*above, "candidates", "search_epochs", "search_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
         for name in ("weight_decay", "clip", "warm_up_head"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be below 0; got {getattr(self, name)}")
-        if self.method in (*MASKLESS, "diff", "movement") and self.warm_up_head:
+        if self.method == "narrowing" and self.search_epochs >= self.epochs:
+            raise ValueError(
+                f"search_epochs={self.search_epochs} leaves no epoch for training: there are {self.epochs}"
+            )
+        if self.method in (*MASKLESS, "diff", "movement", "narrowing") and self.warm_up_head:
             raise ValueError(f"warm_up_head is for masks chosen by a score; method={self.method!r} takes none")
         if self.method in ("biases", *MASKLESS) and (self.exclude or self.among != "all"):
             raise ValueError(f"exclude and among are for masks chosen by density; method={self.method!r} takes none")

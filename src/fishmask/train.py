@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fishmask.attach import Tuning, attach
-from fishmask.choose import choose
+from fishmask.choose import choose, narrow
 from fishmask.data import Encoded
 from fishmask.loop import Descent, Progress, autocast, device_of, no_progress, to_device
 from fishmask.mask import Mask
@@ -89,10 +89,11 @@ def fit(
         raise ValueError(f"a mask chosen beforehand goes with neither method={recipe.method!r} nor warm_up_head")
     outcome = _begin(model, data, recipe, keep, mask, progress)
     parameters = list(outcome.tuning.parameters() if outcome.tuning else model.parameters())
-    descent = Descent(model, [p for p in parameters if p.requires_grad], recipe.learning_rate, steps, recipe)
+    over = recipe.search_epochs if recipe.method == "narrowing" and mask is None else 0
+    step = over * (steps // recipe.epochs)
+    descent = Descent(model, [p for p in parameters if p.requires_grad], recipe.learning_rate, steps, recipe, step)
     seconds: list[float] = []
-    step = 0
-    for epoch in range(recipe.epochs):
+    for epoch in range(over, recipe.epochs):
         losses: list[float] = []
         for rows in data.shuffled(recipe.batch_size, seed=recipe.seed + 1000 * epoch):
             if outcome.tuning and recipe.warm_up_head and step == recipe.warm_up_head:
@@ -128,13 +129,16 @@ def _begin(
         adapter = peft_model(model, recipe.method, recipe.density, keep, recipe.seed)
         return Outcome(None, trained_entries(model), adapter)
     begin = perf_counter()
-    if mask is None and recipe.method == "diff":
-        steps = recipe.dense_epochs * math.ceil(len(data) / recipe.batch_size)
-        mask, values = diff_pruning(model, data, recipe, keep, steps, progress)
+    if mask is None and recipe.method in ("diff", "narrowing"):
+        if recipe.method == "diff":
+            steps = recipe.dense_epochs * math.ceil(len(data) / recipe.batch_size)
+            mask, values = diff_pruning(model, data, recipe, keep, steps, progress)
+        else:
+            mask, values = narrow(model, data, recipe, keep, progress)
         tuning = attach(model, mask)
         with torch.no_grad():
             for name, parameter in tuning.named_parameters():
-                parameter.copy_(values[name])
+                parameter.copy_(values.get(name, parameter))
         tuning.write_back()
         return Outcome(tuning, mask.k, seconds_scoring=perf_counter() - begin)
     if mask is None:
