@@ -130,6 +130,26 @@ def test_a_batch_equals_what_the_tokenizer_itself_pads(tokenizer):
     assert torch.equal(batch["labels"], torch.tensor([-1.0, 0.5]))
 
 
+def test_full_padding_gives_one_width_and_shuffles_freely(tokenizer):
+    texts = ["a day", "fine", "the house is warm", "a " * 30] * 9
+    long, wide = (encode(Examples(texts, targets=[0, 1, 1, 0] * 9, classes=("x", "y")), tokenizer, 16, p)
+                  for p in ("longest", "max"))  # fmt: skip
+    batches = wide.shuffled(4, seed=1)
+    assert all(wide.batch(rows)["input_ids"].shape == (4, 16) for rows in batches)
+    assert {batch["attention_mask"].shape[1] for batch in wide.sample(36, 4, seed=0)} == {16}
+    assert len({long.batch(rows)["input_ids"].shape[1] for rows in long.shuffled(4, seed=1)}) > 1
+    # The rows of a batch are drawn whatever their lengths: some of all four lengths come together.
+    lengths = [len({wide.lengths[row] for row in rows}) for rows in batches]
+    assert max(lengths) >= 3 > max(len({long.lengths[row] for row in rows}) for rows in long.shuffled(4, seed=1))
+    assert sorted(row for rows in batches for row in rows) == list(range(36))
+    assert batches == wide.shuffled(4, seed=1) != wide.shuffled(4, seed=2)
+    # What is padded is padding: nothing else about an example changes.
+    narrow, padded = long.batch([0]), wide.batch([0])
+    width = narrow["input_ids"].shape[1]
+    assert padded["attention_mask"].sum() == width and (padded["input_ids"][0, width:] == tokenizer.pad_token_id).all()
+    assert all(torch.equal(padded[name][:, :width], narrow[name]) for name in narrow if name != "labels")
+
+
 def test_texts_are_cut_off(tokenizer):
     assert encode(Examples(["a day is a day is a day"]), tokenizer, 5).lengths == [5]
 

@@ -14,6 +14,7 @@ from fishmask.data import Examples, encode, rated_words, read_examples
 from fishmask.demo import RECIPES, model_folder
 from fishmask.errors import FishError
 from fishmask.hub import load_for_training, load_like
+from fishmask.loop import device_of, to_device
 from fishmask.mask import Mask
 from fishmask.measure import peak_memory_bytes, quality
 from fishmask.train import Recipe, choose, evaluate, fit, predict
@@ -51,6 +52,31 @@ def test_every_method_learns_the_tiny_task(folder, examples, method):
         sum(p.numel() for p in loaded.model.parameters()) if method == "full" else outcome.tuning.mask.k
     )
     assert outcome.history[-1]["train_loss"] < outcome.history[0]["train_loss"]
+
+
+@pytest.mark.parametrize("method", ["gradient", "snip", "movement", "diff", "lora", "shira"])
+def test_the_other_methods_learn_it_too(folder, examples, method):
+    recipe = Recipe(method, 0.3, 1e-2, epochs=20, batch_size=8, examples=48, dense_rate=1e-3)
+    loaded, data, outcome = tuned(folder, examples, recipe)
+    assert evaluate(loaded.model, data)["accuracy"] > 0.9
+    assert (outcome.tuning is None) == (outcome.adapter is not None) == (method in ("lora", "shira"))
+    trained = outcome.tuning.parameters() if outcome.tuning else loaded.model.parameters()
+    assert outcome.entries == sum(p.numel() for p in trained if p.requires_grad) > 0
+    assert not loaded.model.training
+
+
+def test_padding_to_the_full_length_predicts_the_same(folder, examples):
+    loaded, data = start(folder, examples)
+    wide = encode(examples, loaded.tokenizer, 16, "max")
+    torch.testing.assert_close(predict(loaded.model, wide), predict(loaded.model, data), rtol=1e-4, atol=1e-5)
+    outcome = fit(loaded.model, wide, replace(TINY, padding="max"), head=loaded.head)
+    assert outcome.entries == int(0.1 * outcome.tuning.mask.n)
+
+
+def test_batches_go_to_the_device_of_the_model(folder, examples):
+    loaded, data = start(folder, examples)
+    moved = to_device(data.batch([0, 1]), device_of(loaded.model.to("meta")))
+    assert {tensor.device.type for tensor in moved.values()} == {"meta"}
 
 
 def test_regression_learns_too(folder, tmp_path):
