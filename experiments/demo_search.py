@@ -19,7 +19,8 @@ from fishmask.data import encode, rated_words
 from fishmask.demo import RECIPES, model_folder
 from fishmask.hub import load_for_training
 from fishmask.measure import environment
-from fishmask.train import Recipe, evaluate, fit
+from fishmask.recipe import Recipe, recipe_from
+from fishmask.train import evaluate, fit
 
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 RESULTS = Path("results/demo_search.jsonl")
@@ -43,9 +44,8 @@ def known() -> list[dict[str, Any]]:
 
 def result(recipe: Recipe) -> float:
     """Return the validation Pearson of a recipe, from the records or from a new run."""
-    wanted = json.loads(json.dumps(asdict(recipe)))
     for record in known():
-        if record["recipe"] == wanted:
+        if recipe_from(record["recipe"]) == recipe:
             return float(record["pearson"])
     with bars() as progress:
         record = measure(recipe, progress)

@@ -10,11 +10,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from fishmask.demo import COLUMNS, RECIPES, caption, row
+from fishmask.demo import COLUMNS, RECIPES, TITLES, caption, row
+from fishmask.recipe import recipe_from
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -46,10 +48,10 @@ def machine(line: Record) -> str:
 
 def demo() -> str:
     """Return the demo's table: one row per method, mean ± standard deviation over the seeds."""
-    lines = latest(records("demo"), lambda line: (line["method"], line["recipe"]["seed"]))
+    lines = latest(records("demo"), lambda line: (line["name"], line["recipe"]["seed"]))
     rows = []
     for method in RECIPES:
-        runs = [line for line in lines if line["method"] == method]
+        runs = [line for line in lines if line["name"] == method]
         cells = row(runs[-1])
         if len(runs) > 1:
             for place, name in ((2, "pearson"), (3, "spearman")):
@@ -58,8 +60,8 @@ def demo() -> str:
         rows.append(cells)
     seeds = sorted({line["recipe"]["seed"] for line in lines})
     count = f"Mean ± standard deviation of {len(seeds)} seeds. " if len(seeds) > 1 else ""
-    last = [next(line for line in reversed(lines) if line["method"] == method) for method in RECIPES]
-    identical = all(line["reload_identical"] for line in lines if line["method"] == "fish")
+    last = [next(line for line in reversed(lines) if line["name"] == method) for method in RECIPES]
+    identical = all(line["reload_identical"] for line in lines if line["name"] == "robust")
     reload = "identical, bit for bit" if identical else "NOT identical"
     told = caption(last).replace(f"seed {last[0]['recipe']['seed']}.", f"seeds {', '.join(map(str, seeds))}.")
     return (
@@ -70,22 +72,24 @@ def demo() -> str:
 
 def search() -> str:
     """Return validation Pearson by method and learning rate, the chosen one in bold."""
-    lines = [line for line in records("demo_search") if _is_the_demos(line["recipe"])]
-    rates = sorted({line["recipe"]["learning_rate"] for line in lines})
-    found = {(line["recipe"]["method"], line["recipe"]["learning_rate"]): line["pearson"] for line in lines}
+    lines = [(name, line) for line in records("demo_search") if (name := demo_name(line["recipe"]))]
+    rates = sorted({line["recipe"]["learning_rate"] for _, line in lines})
+    found = {(name, line["recipe"]["learning_rate"]): line["pearson"] for name, line in lines}
     rows = []
-    for method, recipe in RECIPES.items():
-        cells = [f"{found[method, rate]:.3f}" if (method, rate) in found else "" for rate in rates]
+    for name, recipe in RECIPES.items():
+        cells = [f"{found[name, rate]:.3f}" if (name, rate) in found else "" for rate in rates]
         chosen = rates.index(recipe.learning_rate)
         cells[chosen] = f"**{cells[chosen]}**"
-        rows.append([method, *cells])
-    return f"{table(['learning rate', *(f'{rate:g}' for rate in rates)], rows)}\n\n{machine(lines[-1])}"
+        rows.append([TITLES[name], *cells])
+    return f"{table(['learning rate', *(f'{rate:g}' for rate in rates)], rows)}\n\n{machine(lines[-1][1])}"
 
 
-def _is_the_demos(recipe: Record) -> bool:
-    """Say whether a search was made with the demo's own recipe, the learning rate apart."""
-    ours = json.loads(json.dumps(vars(RECIPES[recipe["method"]])))
-    return {**ours, "learning_rate": None} == {**recipe, "learning_rate": None}
+def demo_name(settings: Record) -> str | None:
+    """Name the recipe of the demo that a search was made with, the learning rate apart; None for any other."""
+    found = recipe_from(settings)
+    return next(
+        (name for name, ours in RECIPES.items() if replace(ours, learning_rate=found.learning_rate) == found), None
+    )
 
 
 def scoring() -> str:

@@ -265,7 +265,7 @@ def test_the_quick_start_does_what_it_says(folder, examples, tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_the_embedded_model_learns_rated_words(tmp_path):
-    recipe = replace(RECIPES["fish"], epochs=1, examples=64, warm_up_head=10)
+    recipe = replace(RECIPES["paper"], epochs=1, examples=64, warm_up_head=10)
     loaded = load_for_training(model_folder())
     words, checks = rated_words("train"), rated_words("validation")
     some = Examples(words.texts[::5], targets=words.targets[::5])

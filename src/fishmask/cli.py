@@ -64,15 +64,13 @@ def plot(
 
 @app.command()
 def demo(
-    epochs: Annotated[
-        int, typer.Option(min=2, help="Passes over the words, the same for all; FISH takes one for its head alone.")
-    ] = 3,
+    epochs: Annotated[int, typer.Option(min=2, help="Passes over the words, the same for all.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the heads, the batches and the random mask.")] = 0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the files it leaves.")] = Path("runs/demo"),
     record: Annotated[bool, typer.Option(help="Also append the results to results/demo.jsonl.")] = False,
     json: cli_mask.Json = False,
 ) -> None:
-    """Fine-tune MiniLM on rated words four ways, then reload the file that the FISH mask leaves.
+    """Fine-tune MiniLM on rated words five ways, then reload the file that the robust recipe leaves.
 
     Takes about three minutes on two cores and needs no network. Fails if the reloaded predictions differ by a bit.
 

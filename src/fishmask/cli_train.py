@@ -1,7 +1,7 @@
 """The commands ``fishmask train`` and ``fishmask predict``."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,17 +22,23 @@ def train(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the delta, metrics and log.")] = Path(
         "run"
     ),
+    recipe: Annotated[
+        Literal["robust", "paper"], typer.Option(help="Settings to start from; every option given here overrules them.")
+    ] = "robust",
     method: Annotated[
-        Literal["fish", "random", "magnitude", "biases", "full"],
-        typer.Option(help="How to choose the entries; full trains everything and leaves a whole model."),
-    ] = "fish",
+        str | None,
+        typer.Option(
+            help="How to choose the entries: fish, gradient, snip, magnitude, random, biases, movement, narrowing, "
+            "diff; or lora, shira; or full, which trains everything and leaves a whole model. By default the recipe's."
+        ),
+    ] = None,
     mask: Annotated[Path | None, typer.Option(help="Train the entries of this mask file instead.")] = None,
     density: Density = 0.005,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate, falling linearly to zero; 5e-4, or 5e-5 for full, if not given"),
+        typer.Option(help="Peak learning rate, falling linearly to zero; by default the recipe's, or 5e-5 for full"),
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 3,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data; by default 3, in the paper 7")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 16,
     max_length: MaxLength = 128,
     seed: Annotated[int, typer.Option(help="Seed of everything random; the same seed gives the same delta.")] = 0,
@@ -41,11 +47,18 @@ def train(
     warm_up_head: Annotated[int, typer.Option(help="Steps that train the head alone, before scoring.")] = 0,
     keep: Keep = None,
     exclude: Exclude = None,
+    among: Annotated[
+        Literal["all", "layers"] | None,
+        typer.Option(help="Choose among all entries, or among the weight matrices of the layers."),
+    ] = None,
     labels: Annotated[
         Literal["given", "expected", "sampled"], typer.Option(help="Labels of the Fisher score.")
     ] = "given",
     examples: Annotated[int, typer.Option(help="How many training examples to score.")] = 1024,
     engine: Annotated[Literal["auto", "batched", "loop"], typer.Option(help="How to score.")] = "auto",
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="bfloat16 runs the forward in autocast.")
+    ] = "float32",
     json: Json = False,
 ) -> None:
     """Fine-tune a sequence-classification or regression model on your own table.
@@ -54,18 +67,26 @@ def train(
 
     Example: fishmask train bert-base-uncased train.tsv --text sentence --label label --validation dev.tsv -o run
     """
-    from fishmask.recipe import Recipe
+    from fishmask.recipe import Recipe, preset
     from fishmask.run import train_table
 
-    rate = learning_rate if learning_rate is not None else 5e-5 if method == "full" else 5e-4
-    recipe = Recipe(
-        method=method, density=density, learning_rate=rate, epochs=epochs, batch_size=batch_size, max_length=max_length,
-        seed=seed, weight_decay=weight_decay, clip=clip, warm_up_head=warm_up_head, keep=tuple(keep or ()),
-        exclude=tuple(exclude or ()), labels=labels, examples=examples, engine=engine,
-    )  # fmt: skip
+    given: dict[str, Any] = {"method": method, "learning_rate": learning_rate, "epochs": epochs, "among": among}
+    given = {name: value for name, value in given.items() if value is not None}
+    given |= {
+        "density": density, "batch_size": batch_size, "max_length": max_length, "seed": seed, "clip": clip,
+        "weight_decay": weight_decay, "warm_up_head": warm_up_head, "keep": tuple(keep or ()),
+        "exclude": tuple(exclude or ()), "labels": labels, "examples": examples, "engine": engine,
+        "precision": precision,
+    }  # fmt: skip
+    if method is None:
+        settings = preset(recipe, **given)
+    else:  # another method than the recipe's has little use for its learning rate and choice
+        settings = Recipe(**{"learning_rate": 5e-5 if method == "full" else 5e-4, **given})
     columns = {"text": text, "label": label, "pair": pair, "task": task}
     with bars() as progress:
-        metrics = train_table(model, data, recipe, output, columns, validation=validation, mask=mask, progress=progress)
+        metrics = train_table(
+            model, data, settings, output, columns, validation=validation, mask=mask, progress=progress
+        )
     report(metrics, json, "Training")
 
 

