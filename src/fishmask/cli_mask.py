@@ -33,7 +33,7 @@ def score(
     pair: Pair = None,
     task: Task = "auto",
     method: Annotated[
-        Literal["fisher", "gradient", "snip", "magnitude", "random"], typer.Option(help="What to score by.")
+        Literal["fisher", "absolute", "gradient", "snip", "magnitude", "random"], typer.Option(help="What to score by.")
     ] = "fisher",
     labels: Annotated[
         Literal["given", "expected", "sampled"],
