@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fishmask.choose import choose, movement
+from fishmask.choose import choose, movement, narrow
 from fishmask.data import Encoded, encode, read_examples
 from fishmask.errors import Diverged
 from fishmask.fisher import scores
@@ -114,6 +114,38 @@ def test_movement_scores_are_what_a_dense_training_moves(start):
             moved = (p - model.get_parameter(name)).abs().detach()
             torch.testing.assert_close(found[name], moved, rtol=1e-2, atol=2e-6)
     assert max(float(score.max()) for score in found.values()) > 5e-3
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_narrowing_keeps_the_candidates_that_move_most_and_leaves_the_model(start, limit):
+    model, data = start()
+    before = state(model)
+    recipe = replace(
+        RECIPE, method="narrowing", density=0.05, candidates=4, epochs=3, search_epochs=1, search_rate=1e-2
+    )
+    seen, moved = [], {}
+
+    def progress(phase, done, total):
+        seen.append((phase, done, total))
+        if done == limit:
+            raise KeyboardInterrupt
+        moved.update({name: (p - before[name]).abs().detach() for name, p in model.named_parameters()})
+
+    if limit is None:
+        mask, values = narrow(model, data, recipe, HEAD, progress)
+        assert seen == [("narrowing", step, 6) for step in range(1, 7)]
+        k, head = int(0.05 * mask.n), sum(before[name].numel() for name in HEAD)
+        assert mask.k == k and values.keys() == set(HEAD)
+        assert all(torch.equal((values[n].view(-1) - before[n].view(-1)).abs(), moved[n].view(-1)) for n in HEAD)
+        candidates = torch.cat([scores[scores > 0] for name, scores in moved.items() if name not in HEAD])
+        assert 3 * (k - head) < len(candidates) <= 4 * (k - head)
+        least = candidates.topk(k - head).values.min()
+        body = [name for name in mask.indices if name not in HEAD]
+        assert all((moved[name].view(-1)[mask.indices[name]] >= least).all() for name in body)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            narrow(model, data, recipe, HEAD, progress)
+    unchanged(model, before)
 
 
 def test_movement_chooses_the_entries_that_moved_most(start):

@@ -122,7 +122,7 @@ def narrow(
         model.eval()
     moved = top_k({name: (end[name] - start[name]).abs() for name in wide}, k)
     chosen = {name: wide[name][places.cpu()] for name, places in moved.items()}
-    return Mask.from_indices({**chosen, **whole}), {name: end[name] for name in kept}
+    return Mask.from_indices({**chosen, **whole}, model), {name: end[name] for name in kept}
 
 
 def counted(batches: Iterator[dict[str, Tensor]], examples: int, progress: Progress) -> Iterator[dict[str, Tensor]]:
