@@ -54,7 +54,7 @@ def test_every_method_learns_the_tiny_task(folder, examples, method):
     assert outcome.history[-1]["train_loss"] < outcome.history[0]["train_loss"]
 
 
-@pytest.mark.parametrize("method", ["gradient", "snip", "movement", "diff", "lora", "shira"])
+@pytest.mark.parametrize("method", ["gradient", "snip", "movement", "narrowing", "diff", "lora", "shira"])
 def test_the_other_methods_learn_it_too(folder, examples, method):
     recipe = Recipe(method, 0.3, 1e-2, epochs=20, batch_size=8, examples=48, dense_rate=1e-3)
     loaded, data, outcome = tuned(folder, examples, recipe)
