@@ -2,7 +2,7 @@
 
     python -m experiments.render [--check]
 
-A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, where NAME is demo, search, scoring or step. With
+A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, where NAME is a key of `BLOCKS`. With
 --check nothing is written, and the exit code is 1 when a block is out of date.
 """
 
@@ -17,9 +17,11 @@ from typing import Any
 
 from fishmask.demo import COLUMNS, RECIPES, TITLES, caption, row
 from fishmask.recipe import recipe_from
+from fishmask.tables import costs_table, differences_table, layers_table, methods_table, search_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
+TASKS = ("words", "sst2")  # of the search for a recipe
 Record = dict[str, Any]
 
 
@@ -31,7 +33,7 @@ def records(name: str) -> list[Record]:
 
 def latest(lines: Iterable[Record], key: Callable[[Record], Any]) -> list[Record]:
     """Keep the last record of each key, in the order in which the keys first came."""
-    return list({key(line): line for line in lines}.values())
+    return list({json.dumps(key(line)): line for line in lines}.values())
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -123,12 +125,59 @@ def step() -> str:
     return f"{table(columns, rows)}\n\n{machine(lines[-1])}"
 
 
+def recipe() -> str:
+    """Return the search for a recipe: one row per mask, the validation quality at its best rate."""
+    lines = latest(
+        records("recipe"), lambda line: tuple(line[name] for name in ("name", "task", "part", "seed", "rate"))
+    )
+    words, sentences = (
+        [line for line in lines if (line["task"], line["part"]) == (task, "validation")] for task in TASKS
+    )
+    names = list(dict.fromkeys(line["name"] for line in lines if line["part"] == "validation"))
+    found = [(name, _best(words, name, "pearson"), _best(sentences, name, "accuracy")) for name in names]
+    found.sort(key=lambda item: -item[1][0] if item[1] else 0.0)
+    rows = [[name, *(cell for best in pair for cell in (best[1:] if best else ("", "")))] for name, *pair in found]
+    columns = ["mask", "rated words, Pearson", "rate", "SST-2, accuracy", "rate"]
+    return f"{table(columns, rows)}\n\nMean ± standard deviation (seeds). {machine(lines[-1])}"
+
+
+def _best(lines: list[Record], name: str, metric: str) -> tuple[float, str, str] | None:
+    """Return a mask's mean at its best rate, that mean with its spread, and the rates tried with the best in bold."""
+    by_rate: dict[float, list[float]] = {}
+    for line in lines:
+        if line["name"] == name:
+            by_rate.setdefault(line["rate"], []).append(line[metric])
+    if not by_rate:
+        return None
+    best = max(by_rate, key=lambda rate: mean(by_rate[rate]))
+    values = by_rate[best]
+    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    rates = ", ".join(f"**{rate:g}**" if rate == best else f"{rate:g}" for rate in sorted(by_rate))
+    return mean(values), f"{mean(values):.3f}{spread} ({len(values)})", rates
+
+
+def glue(write: Callable[[Any], str]) -> Callable[[], str]:
+    """Return what writes one of the report's tables from the committed records."""
+
+    def block() -> str:
+        lines = records("glue")
+        return f"{write(lines).strip()}\n\n{machine(lines[-1])}"
+
+    return block
+
+
 # Name of the block: the results file it needs, and what writes it.
 BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "demo": ("demo", demo),
     "search": ("demo_search", search),
     "scoring": ("scoring", scoring),
     "step": ("step", step),
+    "recipe": ("recipe", recipe),
+    "glue": ("glue", glue(lambda lines: methods_table(lines, 0.005))),
+    "gaps": ("glue", glue(lambda lines: differences_table(lines, 0.005))),
+    "rates": ("glue", glue(search_table)),
+    "layers": ("glue", glue(layers_table)),
+    "costs": ("glue", glue(costs_table)),
 }
 
 

@@ -9,12 +9,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fishmask.delta import Delta
 from fishmask.errors import FishError
+from fishmask.glue import TASKS
+from fishmask.recipe import Recipe
 
 Record = dict[str, Any]
 Setting = tuple[float, int]
@@ -33,10 +35,11 @@ _PARTS: dict[str, Any] = {  # what a record needs, and of which type
     "recipe.density": int | float | None,
     **dict.fromkeys(("validation", "test", "sweep", "layers"), dict | None),
 }
+_DEFAULTS = asdict(Recipe())
 _WITHOUT_DENSITY = ("full", "biases")  # the recipe has a density, but these methods ignore it
-_TASKS = ("CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI")
 _METHODS = (
-    "full", "fish", "movement", "gradient", "snip", "magnitude", "random", "biases", "lora", "shira", "diff",
+    "full", "fish", "movement", "narrowing", "gradient", "snip", "magnitude", "random", "biases", "lora", "shira",
+    "diff",
 )  # fmt: skip
 
 
@@ -172,7 +175,7 @@ def _unique(records: Iterable[Record]) -> list[Record]:
 
 
 def _fields(record: Record) -> dict[str, Any]:
-    recipe = record["recipe"]
+    recipe = _DEFAULTS | record["recipe"]  # a record may be older than a setting
     fields = {name: _frozen(recipe[name]) for name in recipe if name not in ("learning_rate", "batch_size", "seed")}
     if recipe["method"] in _WITHOUT_DENSITY:
         fields["density"] = None
@@ -309,7 +312,7 @@ def order_of(result: Result) -> tuple[Any, ...]:
 
 def task_order(task: str) -> tuple[int, str]:
     """Return a key that puts tasks in GLUE's order, others after them by name."""
-    return (_TASKS.index(task) if task in _TASKS else len(_TASKS), task)
+    return (list(TASKS).index(task) if task in TASKS else len(TASKS), task)
 
 
 def sortable(value: Any) -> tuple[int, float, str]:
