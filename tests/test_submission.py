@@ -93,6 +93,8 @@ def test_the_best_run_is_chosen_by_validation_among_those_that_were_kept(tmp_pat
     record(tmp_path / "f", math.nan)
     whole = record(tmp_path / "g", 0.5, variant="full", kept="model.safetensors")
     record(tmp_path / "h", 0.4, variant="lora", kept="adapter")
+    short = record(tmp_path / "short", 0.9) / "metrics.json"
+    short.write_text(json.dumps(json.loads(short.read_text()) | {"sweep": {"train_rows": 10}}))
     assert best_run(tmp_path) == (best, 0.7)
     assert best_run(tmp_path, "full") == (whole, 0.5)
     assert best_run(tmp_path, "lora")[1] == 0.4

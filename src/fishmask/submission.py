@@ -18,6 +18,7 @@ from fishmask.errors import FishError
 from fishmask.glue import DIAGNOSTIC, TASKS, GlueTask, glue_task, read_diagnostic, read_glue
 from fishmask.hub import load_tokenizer
 from fishmask.loop import Progress, no_progress
+from fishmask.records import is_search
 from fishmask.run import ADAPTER_FOLDER, DELTA_FILE, MODEL_FILE, load_run, read_run
 from fishmask.train import predict
 
@@ -179,8 +180,8 @@ def submit(
 def best_run(folder: Path, variant: str | None = None) -> tuple[Path, float] | None:
     """Return the run of a task with the best validation score, and that score; None when there is none.
 
-    Runs that diverged, and those whose trained numbers were not kept, do not count. Of equal scores the first by name
-    wins.
+    Runs that diverged, searches on fewer rows, and those whose trained numbers were not kept, do not count. Of equal
+    scores the first by name wins.
 
     Args:
         folder: The folder with the runs of the task.
@@ -194,7 +195,7 @@ def best_run(folder: Path, variant: str | None = None) -> tuple[Path, float] | N
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             score = float(record["validation"]["score"]) if "validation" in record else math.nan
-            wanted = variant is None or record["variant"] == variant
+            wanted = (variant is None or record["variant"] == variant) and not is_search(record)
         except (ValueError, KeyError, TypeError) as error:
             raise FishError(f"{path} is damaged ({error!r}); run it again") from error
         kept = any((path.parent / name).exists() for name in (DELTA_FILE, MODEL_FILE, ADAPTER_FOLDER))
