@@ -17,6 +17,7 @@ from rich.table import Table
 from fishmask.errors import FishError
 
 UNMET, USAGE = 1, 2
+_MOST_BARS = 12
 ORDER = ("demo", "score", "mask", "train", "predict", "delta", "plot", "glue", "report")
 
 
@@ -62,8 +63,12 @@ class Bars:
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` steps of a phase are finished."""
         if phase not in self._tasks:
+            finished = {task.id for task in self._progress.tasks if task.finished}
+            over = [name for name, task in self._tasks.items() if task in finished]
+            for name in over[: max(0, len(self._tasks) - _MOST_BARS + 1)]:  # a sweep has more phases than lines
+                self._progress.remove_task(self._tasks.pop(name))
             self._tasks[phase] = self._progress.add_task(phase, total=total)
-        self._progress.update(self._tasks[phase], completed=done)
+        self._progress.update(self._tasks[phase], completed=done, total=total)
 
 
 @contextmanager

@@ -38,7 +38,6 @@ METHODS = {
     "snip": NamedMethod("largest |weight × gradient|", {"method": "snip"}),
     "magnitude": NamedMethod("largest |weight|", {"method": "magnitude"}),
     "random": NamedMethod("random entries", {"method": "random"}),
-    "random-layers": NamedMethod("random entries of the layers' weights", {"method": "random", "among": "layers"}),
     "movement": NamedMethod("entries that a dense training moves most (LT-SFT)", {"method": "movement"}),
     "narrowing": NamedMethod(
         "entries that move most among ten times too many", {"method": "narrowing", "among": "layers"}

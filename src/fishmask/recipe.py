@@ -1,7 +1,8 @@
 """How to fine-tune: every setting of a training run in one record."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Method = Literal[
@@ -20,6 +21,11 @@ Method = Literal[
 ]
 Precision = Literal["float32", "bfloat16"]
 MASKLESS = ("full", "lora", "shira")
+_WHOLE = (
+    "epochs", "batch_size", "max_length", "seed", "warm_up_head", "examples", "dense_epochs", "candidates",
+    "search_epochs",
+)  # fmt: skip
+_REAL = ("learning_rate", "weight_decay", "clip", "dense_rate", "search_rate")
 
 
 @dataclass(frozen=True)
@@ -89,26 +95,32 @@ class Recipe:
             ("method", get_args(Method)),
             ("precision", get_args(Precision)),
             ("among", ("all", "layers")),
+            ("labels", ("given", "expected", "sampled")),
+            ("engine", ("auto", "batched", "loop")),
             ("score", ("square", "absolute")),
             ("padding", ("longest", "max")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        for name in _WHOLE:
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} must be a whole number; got {getattr(self, name)!r}")
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be a fraction in (0, 1], such as 0.005 for 0.5 %; got {self.density}")
-        above = ("learning_rate", "epochs", "batch_size", "max_length", "examples", "dense_epochs", "dense_rate")
-        for name in (*above, "candidates", "search_epochs", "search_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
-        for name in ("weight_decay", "clip", "warm_up_head"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be below 0; got {getattr(self, name)}")
+        for name in (*_WHOLE, *_REAL):
+            value, least = getattr(self, name), name in ("seed", "warm_up_head", "weight_decay", "clip")
+            if not (math.isfinite(value) and (value >= 0 if least else value > 0)):
+                raise ValueError(f"{name} must {'not be below 0' if least else 'be above 0'}, and finite; got {value}")
         if self.method == "narrowing" and self.search_epochs >= self.epochs:
             raise ValueError(
                 f"search_epochs={self.search_epochs} leaves no epoch for training: there are {self.epochs}"
             )
         if self.method in (*MASKLESS, "diff", "movement", "narrowing") and self.warm_up_head:
             raise ValueError(f"warm_up_head is for masks chosen by a score; method={self.method!r} takes none")
+        if self.method in ("gradient", "snip") and self.labels == "expected":
+            raise ValueError(f"labels='expected' makes every score of method={self.method!r} zero; use 'given'")
+        if self.method == "diff" and self.among != "all":
+            raise ValueError("method='diff' takes no among; name what to leave out with exclude")
         if self.method in ("biases", *MASKLESS) and (self.exclude or self.among != "all"):
             raise ValueError(f"exclude and among are for masks chosen by density; method={self.method!r} takes none")
 
@@ -119,12 +131,6 @@ def recipe_from(settings: Mapping[str, Any]) -> Recipe:
         name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
     }
     return Recipe(**values)
-
-
-def changes_of(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings that are not at their defaults."""
-    default = asdict(Recipe())
-    return {name: value for name, value in asdict(recipe).items() if value != default[name]}
 
 
 PRESETS: dict[str, dict[str, Any]] = {

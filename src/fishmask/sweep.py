@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
+from fishmask.claim import claimed, digest_of, digest_of_model
 from fishmask.data import encode
 from fishmask.errors import Diverged, FishError
 from fishmask.glue import GlueTask, glue_task, hold_out, read_glue, take, task_score
-from fishmask.hub import load_for_training, load_tokenizer
+from fishmask.hub import load_for_training, load_tokenizer, located
 from fishmask.loop import Progress, no_progress
 from fishmask.measure import environment
 from fishmask.plot import plot_mask
@@ -199,45 +200,54 @@ def run_sweep(sweep: Sweep, folder: Path, *, workers: int = 1, progress: Progres
         other run that is finished there.
 
     Raises:
-        FishError: The model or the data cannot be read; or a run failed for another reason than a loss that is not
+        FishError: The model or the data cannot be read; the folder is in use, or holds runs on other data or another
+            model of the same name; or a run failed for another reason than a loss that is not
             finite: the others were finished first.
     """
-    for task in sweep.tasks:  # every fault of the data comes before the first hour of training
-        read_glue(sweep.source, glue_task(task), "train"), read_glue(sweep.source, glue_task(task), "dev")
+    inputs = _inputs(sweep)  # every fault of the data comes before the first hour of training
     load_tokenizer(sweep.base)  # and so does a model that is not there
-    folder.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    records = finished(folder)
-    board = _Board(sweep, records, progress)
-    failed: dict[str, str] = {}
-    running: dict[Future[Record], Job] = {}
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            while True:
-                _drop_whole_models(sweep, records, folder)
-                busy = {job.key for job in running.values()}
-                waiting = [job for job in plan(sweep, records) if job.key not in {*records, *failed, *busy}]
-                for job in waiting[: workers - len(running)]:
-                    running[pool.submit(_run_in_process, sweep, job, folder, threads, board)] = job
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    job = running.pop(future)
-                    try:
-                        records[job.key] = future.result()
-                    except FishError as error:
-                        failed[job.key] = str(error)
-                    board.finished(job)
-        except BaseException:  # such as Ctrl-C, which reaches this thread alone
-            while wait(running, timeout=0.1).not_done:  # one may be about to start
-                stop_workers()
-            raise
-    lines = "".join(json.dumps(record) + "\n" for _, record in sorted(finished(folder).items()))
-    _write_whole(folder / "results.jsonl", lines)
-    if failed:
-        key, reason = next(iter(failed.items()))
-        raise FishError(f"{len(failed)} of the runs failed, the first in {folder / key}: {reason}")
-    return [records[job.key] for job in plan(sweep, records)]
+    with claimed(folder, inputs):
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        records = finished(folder)
+        board = _Board(sweep, records, progress)
+        failed: dict[str, str] = {}
+        running: dict[Future[Record], Job] = {}
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                while True:
+                    _drop_whole_models(sweep, records, folder)
+                    busy = {job.key for job in running.values()}
+                    waiting = [job for job in plan(sweep, records) if job.key not in {*records, *failed, *busy}]
+                    for job in waiting[: workers - len(running)]:
+                        running[pool.submit(_run_in_process, sweep, job, folder, threads, board)] = job
+                    if not running:
+                        break
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        job = running.pop(future)
+                        try:
+                            records[job.key] = future.result()
+                        except FishError as error:
+                            failed[job.key] = str(error)
+                        board.finished(job)
+            except BaseException:  # such as Ctrl-C, which reaches this thread alone
+                while wait(running, timeout=0.1).not_done:  # one may be about to start
+                    stop_workers()
+                raise
+        lines = "".join(json.dumps(record) + "\n" for _, record in sorted(finished(folder).items()))
+        _write_whole(folder / "results.jsonl", lines)
+        if failed:
+            key, reason = next(iter(failed.items()))
+            raise FishError(f"{len(failed)} of the runs failed, the first in {folder / key}: {reason}")
+        return [records[job.key] for job in plan(sweep, records)]
+
+
+def _inputs(sweep: Sweep) -> dict[str, str]:
+    """Return the digests of the base and of each task's data, by name."""
+    inputs = {f"model {Path(sweep.base).name}": digest_of_model(located(sweep.base))}
+    for name in sweep.tasks:
+        parts = [read_glue(sweep.source, glue_task(name), part) for part in ("train", "dev")]
+        inputs[f"data of {name}"] = digest_of([[vars(examples) for examples in part.values()] for part in parts])
+    return inputs
 
 
 class _Board:

@@ -1,0 +1,67 @@
+"""A folder of runs that belongs to one process at a time, to one base and to one set of data."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+from fishmask.errors import FishError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps a second process out there
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def claimed(folder: Path, inputs: Mapping[str, str]) -> Iterator[None]:
+    """Hold a folder, made when missing, against other processes and against other inputs.
+
+    Args:
+        folder: The folder.
+        inputs: What the runs depend on by name, such as the digest of the data of a task. They are written to
+            ``inputs.json`` and compared when the folder is claimed again.
+
+    Raises:
+        FishError: Another process holds the folder, or an input is not what it was. Nothing has been changed then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
+            except OSError as error:
+                raise FishError(
+                    f"{folder} is being written by another process; wait, or name another folder"
+                ) from error
+        path = folder / "inputs.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        other = sorted(name for name, digest in inputs.items() if known.get(name, digest) != digest)
+        if other:
+            raise FishError(
+                f"{folder} holds runs with another {', another '.join(other)}; name another folder for these"
+            )
+        temporary = path.with_suffix(".partial")
+        temporary.write_text(json.dumps({**known, **inputs}, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        yield
+
+
+def digest_of_model(base: str) -> str:
+    """Return the digest of a model folder's configuration and weights, or the name of a model on the hub."""
+    folder = Path(base)
+    if not folder.is_dir():
+        return base
+    digest = sha256()
+    for path in sorted(folder.iterdir()):
+        if path.name == "config.json" or path.suffix in (".safetensors", ".bin"):
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_of(content: object) -> str:
+    """Return the digest of anything that JSON can write."""
+    return sha256(json.dumps(content).encode()).hexdigest()
