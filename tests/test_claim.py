@@ -20,7 +20,7 @@ def test_a_folder_is_held_by_one_process_and_free_again_when_that_is_killed(tmp_
     command = [sys.executable, "-c", HOLD, str(tmp_path / "runs")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(FishError, match="another process writes"), claimed(tmp_path / "runs", {"a": "1"}):
+        with pytest.raises(FishError, match="written by another process"), claimed(tmp_path / "runs", {"a": "1"}):
             pass
         assert "a" not in (tmp_path / "runs" / "inputs.json").read_text()
         other.kill()
