@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP) ## Install fishmask and all it needs into .venv.
 
-demo: $(STAMP) ## Fine-tune MiniLM on rated words, four ways, and reload the file that is left.
+demo: $(STAMP) ## Fine-tune MiniLM on rated words, five ways, and reload the file that is left.
 	$(BIN)/fishmask demo
 
 check: $(STAMP) ## Lint, check the format, check the types.
