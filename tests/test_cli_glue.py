@@ -4,7 +4,9 @@ import json
 from zipfile import ZipFile
 
 import pytest
+import torch
 
+from fishmask.cli_glue import _device
 from fishmask.methods import METHODS
 from tests import tiny
 from tests.test_cli import answer, call, refusal
@@ -103,6 +105,17 @@ def test_submit_writes_the_files_of_the_best_runs(place, swept, tmp_path):
     only = answer("glue", "submit", place / "runs", place / "data", "-o", tmp_path / "lora", "--method", "lora")
     assert (place / "runs" / "RTE").as_posix() in only["runs"]["RTE"]["folder"]
     assert "lora-" in only["runs"]["RTE"]["folder"]
+    for name in ("fish-paper", "fish paper"):
+        only = answer("glue", "submit", place / "runs", place / "data", "-o", tmp_path / "fish", "--method", name)
+        assert "fish-paper-" in only["runs"]["RTE"]["folder"]
+
+
+def test_auto_takes_no_device_that_torch_was_only_built_for(monkeypatch):
+    built_for = torch.device("cuda")
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available=False: None if check_available else built_for
+    )
+    assert _device("auto") == "cpu"
 
 
 def test_report_writes_its_page(place, swept, tmp_path):

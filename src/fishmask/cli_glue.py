@@ -149,7 +149,7 @@ def submit(
     data: Data,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")] = Path("submission"),
     task: Task = None,
-    method: Annotated[str | None, typer.Option(help="Take runs of this method only, as tables call it.")] = None,
+    method: Annotated[str | None, typer.Option(help="Take runs of this method only.")] = None,
     model: Annotated[str | None, typer.Option(help="The base model; by default the one trained from.")] = None,
     fill: Annotated[
         bool, typer.Option(help="Put meaningless predictions into the files of tasks that have no run.")
@@ -163,11 +163,15 @@ def submit(
 
     Example: fishmask glue submit runs/glue glue -o submission
     """
+    from fishmask.methods import METHODS
     from fishmask.submission import submit as write
+
+    # In records a method of `fishmask glue run` has the name that tables show.
+    variant = method.replace("-", " ") if method in METHODS else method
 
     with bars() as progress:
         result = write(
-            runs, data, output, tasks=task or (), variant=method, base=model, fill=fill, device=_device(device),
+            runs, data, output, tasks=task or (), variant=variant, base=model, fill=fill, device=_device(device),
             progress=progress,
         )  # fmt: skip
     report(result, json, "Submission")
@@ -223,7 +227,8 @@ def _device(name: str) -> str:
     import torch
 
     if name == "auto":
-        found = torch.accelerator.current_accelerator()
+        # Without the check it names what torch was built for, which on most machines without a GPU is cuda.
+        found = torch.accelerator.current_accelerator(check_available=True)
         return "cpu" if found is None else found.type
     try:
         torch.empty(0, device=name)
