@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 from fishmask.cli import app
 from fishmask.data import encode, read_examples
 from fishmask.delta import Delta
+from fishmask.errors import FishError
 from fishmask.hub import load_for_training, load_tokenizer
 from fishmask.mask import Mask
-from fishmask.run import load_run
+from fishmask.recipe import Recipe
+from fishmask.run import load_run, train_table
 from fishmask.train import predict
 from tests import tiny
 
@@ -168,6 +170,32 @@ def labels(table):
     return [line.split("\t")[1] for line in table.read_text().splitlines()[1:]]
 
 
+def test_a_run_in_bfloat16_predicts_as_it_was_evaluated(place, tmp_path):
+    table = tiny.table(tmp_path / "t.tsv", "ratings", rows=20)
+    options = ("--density", 0.1, "--epochs", 1, "--precision", "bfloat16", "--validation", table)
+    trained = answer("train", place / "model", table, *options, "-o", tmp_path / "run")
+    result = answer("predict", tmp_path / "run", table, "--label", "label", "-o", tmp_path / "p.jsonl")
+    assert {name: result[name] for name in ("pearson", "mse")} == {name: trained[name] for name in ("pearson", "mse")}
+
+
+def test_a_table_is_padded_as_the_recipe_says(monkeypatch, place, tmp_path):
+    widths = []
+
+    def fit(model, data, recipe, *, validation, **options):
+        widths.append((data.width, validation.width))
+        raise FishError("enough")
+
+    monkeypatch.setattr("fishmask.run.fit", fit)
+    for padding in ("longest", "max"):
+        recipe = Recipe(max_length=12, padding=padding)
+        columns = {"text": "text", "label": "label"}
+        with pytest.raises(FishError, match="enough"):
+            train_table(
+                str(place / "model"), place / "train.tsv", recipe, tmp_path, columns, validation=place / "dev.tsv"
+            )
+    assert widths == [(0, 0), (12, 12)]
+
+
 def test_a_fully_trained_run_predicts_too_and_replaces_an_earlier_delta(place, tmp_path):
     for method, file in (("random", "delta.safetensors"), ("full", "model.safetensors")):
         call(
@@ -240,6 +268,9 @@ def test_a_condition_that_is_not_met_is_one_line_and_exit_code_1(place, tmp_path
     assert "scores" in refusal("mask", "select", place / "train.tsv", code=1)
     assert "run.json is missing" in refusal("predict", tmp_path, place / "dev.tsv", code=1)
     assert "cannot load" in refusal("train", tmp_path / "nowhere", place / "train.tsv", code=1)
+    absent = ("--mask", tmp_path / "absent.st", "-o", tmp_path / "new")
+    assert "does not exist" in refusal("train", place / "model", place / "train.tsv", *absent, code=1)
+    assert not (tmp_path / "new").exists()
     assert "No such file" in refusal("train", place / "model", tmp_path / "absent.tsv", code=1)
     (tmp_path / "run.json").write_text("{}")
     assert "run.json is damaged" in refusal("predict", tmp_path, place / "dev.tsv", code=1)

@@ -143,6 +143,12 @@ def test_every_search_comes_first_then_the_seeds_in_order():
     ]
 
 
+def test_tasks_are_known_by_their_own_names_however_they_are_spelt():
+    sweep = replace(TWO, tasks=("rte", "sst2"))
+    assert sweep.tasks == ("RTE", "SST-2")
+    assert all(job.key.startswith(("RTE/", "SST-2/")) for job in plan(sweep, {}))
+
+
 def test_the_test_score_has_no_say():
     grid = search_of(TWO, "RTE", TWO.variants[0])
     records = planted(grid, lambda job: job.recipe.learning_rate, lambda job: 1 - job.recipe.learning_rate)

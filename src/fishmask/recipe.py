@@ -113,7 +113,8 @@ class Recipe:
                 raise ValueError(f"{name} must {'not be below 0' if least else 'be above 0'}, and finite; got {value}")
         if self.method == "narrowing" and self.search_epochs >= self.epochs:
             raise ValueError(
-                f"search_epochs={self.search_epochs} leaves no epoch for training: there are {self.epochs}"
+                f"method='narrowing' searches for search_epochs={self.search_epochs} and then trains: "
+                f"it needs more epochs than that; got epochs={self.epochs}"
             )
         if self.method in (*MASKLESS, "diff", "movement", "narrowing") and self.warm_up_head:
             raise ValueError(f"warm_up_head is for masks chosen by a score; method={self.method!r} takes none")

@@ -58,10 +58,13 @@ def train_table(
     """
     examples = read_examples(data, **columns)
     checks = _checks(validation, columns, examples)
+    chosen = None if mask is None else read_mask(mask)
     progress("loading", 0, 1)
     loaded = load_for_training(model, examples.classes, seed=recipe.seed)
     progress("loading", 1, 1)
-    encoded = encode(examples, loaded.tokenizer, recipe.max_length)
+    length, padding = recipe.max_length, recipe.padding
+    encoded = encode(examples, loaded.tokenizer, length, padding)
+    judged = None if checks is None else encode(checks, loaded.tokenizer, length, padding)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.jsonl").open("w", encoding="utf-8") as log:
         outcome = fit(
@@ -69,8 +72,8 @@ def train_table(
             encoded,
             recipe,
             head=loaded.head,
-            mask=None if mask is None else read_mask(mask),
-            validation=None if checks is None else encode(checks, loaded.tokenizer, recipe.max_length),
+            mask=chosen,
+            validation=judged,
             log=log,
             progress=progress,
         )
@@ -158,7 +161,9 @@ def predict_table(
     task: Task = "regression" if regression else "classification"
     examples = read_examples(data, text or run["text"], label, pair=pair or run["pair"], task=task, classes=classes)
     encoded = encode(examples, load_tokenizer(base), run["recipe"]["max_length"])
-    outputs = predict(model, encoded, progress=progress)
+    # As the training evaluated it; runs older than the setting have none.
+    precision = run["recipe"].get("precision", "float32")
+    outputs = predict(model, encoded, progress=progress, precision=precision)
     with output.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(outputs, classes))
     return {"predictions": str(output), "rows": len(examples), **_quality(outputs, encoded)}

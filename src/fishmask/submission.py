@@ -243,7 +243,9 @@ def _predict_tests(
         def report(phase: str, done: int, total: int, name: str = name) -> None:
             progress(f"{name}: {phase}", done, total)
 
-        outputs = predict(model, encoded, progress=report)
+        # As the run was evaluated; runs older than the setting have none.
+        precision = run["recipe"].get("precision", "float32")
+        outputs = predict(model, encoded, progress=report, precision=precision)
         if regression:
             predictions[name] = outputs.view(-1).tolist()
         else:

@@ -96,11 +96,12 @@ class Sweep:
             raise ValueError(f"the share to hold out must be in (0, 1), such as 0.1; got {self.held_out}")
         if self.search_epochs and not self.search_rows:
             raise ValueError("search_epochs goes with search_rows: say how many rows the shorter search is to use")
+        # The records of finished runs have the tasks' own names: by other spellings they would not be found again.
+        object.__setattr__(self, "tasks", tuple(glue_task(task).name for task in self.tasks))
         known = {(variant.name, variant.recipe) for variant in self.variants}
         if len(known) < len(self.variants):
             raise ValueError("two variants have the same name and the same settings; expected each once")
         for task in self.tasks:
-            glue_task(task)
             for variant in self.variants:
                 if not search_of(self, task, variant):  # which also checks every rate and batch size
                     raise ValueError(f"{variant.name} needs at least one learning rate and one batch size to try")
