@@ -68,7 +68,7 @@ def demo() -> str:
     told = caption(last).replace(f"seed {last[0]['recipe']['seed']}.", f"seeds {', '.join(map(str, seeds))}.")
     return (
         f"{table(COLUMNS, rows)}\n\n{count}{told} {machine(last[-1])} "
-        f"The FISH delta loaded into a fresh MiniLM: predictions {reload}."
+        f"The delta of the robust recipe loaded into a fresh MiniLM: predictions {reload}."
     )
 
 

@@ -170,6 +170,28 @@ def labels(table):
     return [line.split("\t")[1] for line in table.read_text().splitlines()[1:]]
 
 
+def test_a_recipe_is_where_the_other_options_start_from(monkeypatch, place):
+    found = []
+
+    def train_table(model, data, recipe, *others, **options):
+        found.append((recipe.method, recipe.among, recipe.learning_rate, recipe.epochs))
+        raise FishError("enough")
+
+    monkeypatch.setattr("fishmask.run.train_table", train_table)
+    mask = ("--mask", place / "mask.st")
+    for options in (
+        (), ("--recipe", "robust"), ("--recipe", "paper"), ("--recipe", "paper", "--method", "random"),
+        ("--recipe", "robust", "--epochs", 5), ("--method", "random"), ("--method", "full"), mask,
+        (*mask, "--recipe", "paper"),
+    ):  # fmt: skip
+        refusal("train", place / "model", place / "train.tsv", *options, code=1)
+    assert found == [
+        ("random", "layers", 1e-2, 3), ("random", "layers", 1e-2, 3), ("fish", "all", 5e-5, 7),
+        ("random", "all", 5e-5, 7), ("random", "layers", 1e-2, 5), ("random", "all", 5e-4, 3), ("full", "all", 5e-5, 3),
+        ("fish", "all", 5e-4, 3), ("fish", "all", 5e-5, 7),
+    ]  # fmt: skip
+
+
 def test_a_run_in_bfloat16_predicts_as_it_was_evaluated(place, tmp_path):
     table = tiny.table(tmp_path / "t.tsv", "ratings", rows=20)
     options = ("--density", 0.1, "--epochs", 1, "--precision", "bfloat16", "--validation", table)

@@ -47,6 +47,12 @@ def test_seeds_that_cannot_be_paired_are_said():
     assert cells(differences_table([record(variant="full", seed=0), record(seed=1)])) == {"fish": {"RTE": "–"}}
 
 
+def test_a_seed_that_diverged_is_said():
+    records = [*seeds(0.5, 0.6), record(seed=2, validation=None, test=None)]
+    assert found_in(gaps(records), "left out of the mean", "fish (RTE seed 2)")
+    assert not found_in(gaps(records[:2]), "left out of the mean")
+
+
 def test_what_a_search_on_fewer_rows_leaves_open_is_said():
     records = [*search((1e-3, 0.6), (1e-2, 0.7), (1e-1, None)), record(rate=1e-3), *search((1e-3, 0.6), task="QQP")]
     said = gaps(records)

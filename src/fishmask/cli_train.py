@@ -23,8 +23,12 @@ def train(
         "run"
     ),
     recipe: Annotated[
-        Literal["robust", "paper"], typer.Option(help="Settings to start from; every option given here overrules them.")
-    ] = "robust",
+        Literal["robust", "paper"] | None,
+        typer.Option(
+            help="Settings to start from, which every option given here overrules: robust, the default without "
+            "--method and --mask, or paper."
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -36,7 +40,9 @@ def train(
     density: Density = 0.005,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate, falling linearly to zero; by default the recipe's, or 5e-5 for full"),
+        typer.Option(
+            help="Peak learning rate, falling linearly to zero; by default the recipe's, else 5e-4, for full 5e-5."
+        ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; by default 3, in the paper 7")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 16,
@@ -78,9 +84,9 @@ def train(
         "exclude": tuple(exclude or ()), "labels": labels, "examples": examples, "engine": engine,
         "precision": precision,
     }  # fmt: skip
-    if method is None:
-        settings = preset(recipe, **given)
-    else:  # another method than the recipe's has little use for its learning rate and choice
+    if recipe is not None or (method is None and mask is None):
+        settings = preset(recipe or "robust", **given)
+    else:  # what was not chosen by a recipe seldom bears its learning rate
         settings = Recipe(**{"learning_rate": 5e-5 if method == "full" else 5e-4, **given})
     columns = {"text": text, "label": label, "pair": pair, "task": task}
     with bars() as progress:

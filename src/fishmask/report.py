@@ -180,6 +180,12 @@ def gaps(records: Iterable[Record], skipped: Sequence[str] = ()) -> list[str]:
             for tried in (r.tried, *r.searches.values())
             if len(tried) > 1 and None in tried.values()
         ),
+        "A seed of the chosen setting without test score (diverged), so left out of the mean": on(
+            (name, f"{r.task} seed {seed}")
+            for name, r in named
+            for seed in (record["recipe"]["seed"] for record in r.records)
+            if r.scores and seed not in r.scores
+        ),
         "No full fine-tuning of the same base, rows and seed to compare with": on(
             (name, r.task) for name, r, _ in compared if not differences(r, results)
         ),
