@@ -25,12 +25,19 @@ VARIANTS = {
     for variant in (
         Variant("full", replace(COMMON, method="full"), (5e-5, 1e-4, 2e-4), SIZES),
         Variant("fish paper", replace(COMMON, method="fish"), (3e-4, 1e-3, 3e-3), SIZES),
+        Variant("robust", replace(COMMON, method="random", among="layers"), (3e-3, 1e-2, 3e-2), SIZES),
         Variant("random", replace(COMMON, method="random"), (3e-3, 1e-2, 3e-2), SIZES),
-        Variant("random layers", replace(COMMON, method="random", among="layers"), (3e-3, 1e-2, 3e-2), SIZES),
-        Variant("narrowing", replace(COMMON, method="narrowing", among="layers"), (3e-3, 1e-2, 3e-2), SIZES),
         Variant("biases", replace(COMMON, method="biases"), (1e-3, 3e-3, 1e-2), SIZES),
         Variant("lora", replace(COMMON, method="lora"), (5e-4, 1.5e-3, 5e-3), SIZES),
         Variant("movement", replace(COMMON, method="movement"), (1e-3, 3e-3, 1e-2), SIZES),
+        Variant("narrowing", replace(COMMON, method="narrowing", among="layers"), (3e-3, 1e-2, 3e-2), SIZES),
+        Variant("fish expected", replace(COMMON, method="fish", labels="expected"), (3e-4, 1e-3, 3e-3), SIZES),
+        Variant("fish sampled", replace(COMMON, method="fish", labels="sampled"), (3e-4, 1e-3, 3e-3), SIZES),
+        Variant("gradient", replace(COMMON, method="gradient"), (3e-4, 1e-3, 3e-3), SIZES),
+        Variant("snip", replace(COMMON, method="snip"), (3e-4, 1e-3, 3e-3), SIZES),
+        Variant("magnitude", replace(COMMON, method="magnitude"), (1e-3, 3e-3, 1e-2), SIZES),
+        Variant("shira", replace(COMMON, method="shira"), (3e-3, 1e-2, 3e-2), SIZES),
+        Variant("diff", replace(COMMON, method="diff"), (1e-3, 3e-3, 1e-2), SIZES),
     )
 }
 
@@ -50,13 +57,18 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/glue"))
     parser.add_argument("--task", nargs="+", default=["SST-2", "MRPC", "RTE"])
-    parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--density", nargs="+", type=float, default=[0.005], help="for the methods that have one")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, help="use only so many rows of a task; all by default")
     parser.add_argument("--rates-from", type=Path, help="take the rates that the sweep in this folder has chosen")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    variants = [VARIANTS[name] for name in options.variant]
+    variants = [
+        replace(VARIANTS[name], recipe=replace(VARIANTS[name].recipe, density=density))
+        for name in options.variant
+        for density in (options.density if name not in ("full", "biases") else options.density[:1])
+    ]
     if options.rates_from:
         variants = [replace(variant, rates=(chosen(options.rates_from, variant.name),)) for variant in variants]
     sweep = Sweep(
