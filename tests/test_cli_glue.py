@@ -83,6 +83,8 @@ def test_ablate_varies_one_setting(monkeypatch, place, tmp_path):
     assert all(record["recipe"]["batch_size"] == 16 for record in found)
     found = answer("glue", "ablate", "score", place / "data", *arguments, "-o", tmp_path)
     assert [record["recipe"]["score"] for record in found] == ["square", "absolute"]
+    table = call("glue", "ablate", "score", place / "data", *arguments, "-o", tmp_path).stdout
+    assert all(word in table for word in ("score", "square", "absolute"))  # the rows are told apart
     # The one that both have in common was there already; the file has the runs of both commands.
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 5
 

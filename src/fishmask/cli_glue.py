@@ -125,7 +125,10 @@ def ablate(
         names, _recipe(density, epochs, max_length, examples, padding, precision), _rates(rates), _sizes(batch_size)
     )
     found = ablation(base, setting, None if values is None else values.split(","))
-    _sweep(data, task, model, output, found, seeds, rows, held_out, search_rows, search_epochs, workers, device, json)
+    _sweep(
+        data, task, model, output, found, seeds, rows, held_out, search_rows, search_epochs, workers, device, json,
+        varied=(setting,),
+    )  # fmt: skip
 
 
 @app.command()
@@ -241,6 +244,7 @@ def _device(name: str) -> str:
 def _sweep(
     data: str, task: list[str] | None, model: str, output: Path, found: Any, seeds: int, rows: int | None,
     held_out: float, search_rows: int | None, search_epochs: int | None, workers: int, device: str, json: bool,
+    varied: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     from fishmask.glue import glue_task, tasks_in
     from fishmask.sweep import Sweep, run_sweep
@@ -260,18 +264,18 @@ def _sweep(
     if json:
         print_json(records)
         return
+    columns = (*varied, "learning_rate", "batch_size", "seed")
     lines = [
         (
             record["task"],
             record["variant"],
-            record["recipe"]["learning_rate"],
-            record["recipe"]["batch_size"],
-            record["recipe"]["seed"],
+            *(record["recipe"][setting] for setting in columns),
             *(_percent(record.get(part)) for part in ("validation", "test")),
         )
         for record in records
     ]
-    print_table("Runs", ("task", "method", "rate", "batch", "seed", "validation", "test"), lines)
+    headings = (*varied, "rate", "batch", "seed")
+    print_table("Runs", ("task", "method", *headings, "validation", "test"), lines)
     note(f"`fishmask report {output}` sums them up")
 
 
