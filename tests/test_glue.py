@@ -301,6 +301,10 @@ def test_the_held_out_rows_are_always_the_same_and_never_trained_on():
     few = hold_out(examples(50), 0.5, rows=10)
     assert len(few[0]) == len(few[1]) == 5
     assert len(hold_out(examples(30_000))[1]) == 2000
+    for share in (0.01, 0.99):
+        assert [len(part) for part in hold_out(examples(2), share)] == [1, 1]
+    with pytest.raises(FishError, match="at least two training examples"):
+        hold_out(examples(1))
     for wrong in ({"share": 1.0}, {"share": 0.0}, {"rows": 1}):
         with pytest.raises(ValueError, match=r"such as 0\.1|at least 2 rows"):
             hold_out(examples(5), **wrong)

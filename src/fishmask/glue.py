@@ -251,14 +251,20 @@ def hold_out(examples: Examples, share: float = 0.1, rows: int | None = None) ->
         rows: Use only so many examples in all, drawn at random; all by default.
 
     Returns:
-        The examples to train on and those held out.
+        The examples to train on and those held out, at least one of each.
+
+    Raises:
+        ValueError: The share or the rows are out of range.
+        FishError: There are fewer than two examples.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share to hold out must be in (0, 1), such as 0.1; got {share}")
     if rows is not None and rows < 2:
         raise ValueError(f"at least 2 rows are needed, to train and to hold out; got {rows}")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()[:rows]
-    held = min(2000, max(1, round(share * len(order))))
+    if len(order) < 2:
+        raise FishError(f"expected at least two training examples, to train and to hold out; found {len(order)}")
+    held = min(2000, max(1, round(share * len(order))), len(order) - 1)
     return take(examples, sorted(order[held:])), take(examples, sorted(order[:held]))
 
 
