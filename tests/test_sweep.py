@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -141,6 +142,17 @@ def test_every_search_comes_first_then_the_seeds_in_order():
         for name, rate in (("fish", 1e-2), ("full", 1e-4))
         for task in ("RTE", "MNLI")
     ]
+
+
+def test_the_example_of_the_documents_is_a_sweep(monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "glue.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    seen = []
+    monkeypatch.setattr(module, "run_sweep", lambda sweep, folder, **options: seen.append((sweep, folder, options)))
+    exec(example, {})
+    ((sweep, folder, options),) = seen
+    assert (sweep.tasks, [variant.name for variant in sweep.variants]) == (("RTE", "MRPC"), ["full", "robust"])
+    assert (sweep.variants[0].rates, folder, options) == ((2e-5, 5e-5), Path("runs/glue"), {"workers": 2})
 
 
 def test_tasks_are_known_by_their_own_names_however_they_are_spelt():
