@@ -89,6 +89,21 @@ def test_ablate_varies_one_setting(monkeypatch, place, tmp_path):
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 5
 
 
+def test_the_settings_of_the_training_are_options(monkeypatch, place, tmp_path):
+    in_this_process(monkeypatch)
+    options = {
+        "density": 0.2, "epochs": 1, "max_length": 12, "weight_decay": 0.125, "clip": 0.5, "examples": 8,
+        "padding": "max", "precision": "bfloat16",
+    }  # fmt: skip
+    given = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    where = ("--model", place / "model", "-o", tmp_path, "--task", "RTE", "--device", "cpu", "--held-out", 0.25)
+    setting = ("--method", "fish-paper", "--rates", "1e-2", "--batch-size", 8, "--seeds", 1)
+    for command in (("run",), ("ablate", "labels")):
+        values = ("--values", "given") if "ablate" in command else ()
+        (found,) = answer("glue", *command, place / "data", *where, *setting, *given, *values)
+        assert {name: found["recipe"][name] for name in options} == options
+
+
 def test_methods_are_listed_with_their_rates():
     found = answer("glue", "methods")
     assert found.keys() == METHODS.keys()
@@ -142,6 +157,7 @@ def test_report_writes_its_page(place, swept, tmp_path):
         (("--batch-size", "0"), "batch_size must be above 0"),
         (("--density", "5"), "density must be a fraction"),
         (("--epochs", "0"), "epochs must be above 0"),
+        (("--clip", "-1"), "clip must not be below 0"),
         (("--held-out", "1"), "share to hold out must be in (0, 1)"),
         (("--rows", "1"), "rows must be at least 2"),
         (("--search-rows", "0"), "search_rows must be at least 1"),

@@ -28,6 +28,8 @@ Seeds = Annotated[int, typer.Option(min=1, help="Seeds of the best setting; the 
 Density = Annotated[float, typer.Option(help="Share of all entries to train, as a fraction: 0.005 is 0.5 %.")]
 Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
 MaxLength = Annotated[int, typer.Option(help="Cut texts off after so many tokens.")]
+WeightDecay = Annotated[float, typer.Option(help="AdamW's weight decay.")]
+Clip = Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no clipping.")]
 Examples = Annotated[int, typer.Option(help="How many training examples to score.")]
 Padding = Annotated[
     Literal["longest", "max"],
@@ -57,6 +59,8 @@ def run(
     density: Density = 0.005,
     epochs: Epochs = 7,
     max_length: MaxLength = 128,
+    weight_decay: WeightDecay = 0.0,
+    clip: Clip = 1.0,
     examples: Examples = 1024,
     padding: Padding = "longest",
     precision: Precision = "float32",
@@ -77,9 +81,8 @@ def run(
     """
     from fishmask.methods import variants
 
-    found = variants(
-        method, _recipe(density, epochs, max_length, examples, padding, precision), _rates(rates), _sizes(batch_size)
-    )
+    common = _recipe(density, epochs, max_length, weight_decay, clip, examples, padding, precision)
+    found = variants(method, common, _rates(rates), _sizes(batch_size))
     _sweep(data, task, model, output, found, seeds, rows, held_out, search_rows, search_epochs, workers, device, json)
 
 
@@ -101,6 +104,8 @@ def ablate(
     density: Density = 0.005,
     epochs: Epochs = 7,
     max_length: MaxLength = 128,
+    weight_decay: WeightDecay = 0.0,
+    clip: Clip = 1.0,
     examples: Examples = 1024,
     padding: Padding = "longest",
     precision: Precision = "float32",
@@ -121,9 +126,8 @@ def ablate(
     from fishmask.methods import ablation, variants
 
     names = method or (["fish-paper", "random"] if setting == "density" else ["fish-paper"])
-    base = variants(
-        names, _recipe(density, epochs, max_length, examples, padding, precision), _rates(rates), _sizes(batch_size)
-    )
+    common = _recipe(density, epochs, max_length, weight_decay, clip, examples, padding, precision)
+    base = variants(names, common, _rates(rates), _sizes(batch_size))
     found = ablation(base, setting, None if values is None else values.split(","))
     _sweep(
         data, task, model, output, found, seeds, rows, held_out, search_rows, search_epochs, workers, device, json,
@@ -195,12 +199,16 @@ def report_runs(
     report(write(runs, output, title), json, "Report")
 
 
-def _recipe(density: float, epochs: int, max_length: int, examples: int, padding: Any, precision: Any) -> Any:
+def _recipe(
+    density: float, epochs: int, max_length: int, weight_decay: float, clip: float, examples: int, padding: Any,
+    precision: Any,
+) -> Any:  # fmt: skip
     from fishmask.recipe import Recipe
 
     return Recipe(
-        density=density, epochs=epochs, max_length=max_length, examples=examples, padding=padding, precision=precision
-    )
+        density=density, epochs=epochs, max_length=max_length, weight_decay=weight_decay, clip=clip, examples=examples,
+        padding=padding, precision=precision,
+    )  # fmt: skip
 
 
 def _rates(options: list[str] | None) -> dict[str, tuple[float, ...]]:
