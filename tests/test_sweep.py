@@ -441,6 +441,17 @@ def test_faults_of_the_model_and_the_data_come_before_anything_is_written(place,
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(("package", "method"), [("peft", "lora"), ("matplotlib", "fish"), ("sklearn", "full")])
+def test_a_missing_package_is_told_before_the_first_training(monkeypatch, place, tmp_path, package, method):
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == package else object())
+    with pytest.raises(FishError, match=f"need the package {package}: pip install"):
+        run_sweep(sweep_of(place, variant(method)), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    if package == "peft":  # and nobody else is asked for it
+        with pytest.raises(FishError, match=r"CoLA.train\.tsv does not exist"):
+            run_sweep(sweep_of(place, variant("fish"), tasks=("CoLA",)), tmp_path / "runs")
+
+
 # -- processes --------------------------------------------------------------------------------------------------------
 
 

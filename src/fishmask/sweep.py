@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
@@ -201,10 +202,11 @@ def run_sweep(sweep: Sweep, folder: Path, *, workers: int = 1, progress: Progres
         other run that is finished there.
 
     Raises:
-        FishError: The model or the data cannot be read; the folder is in use, or holds runs on other data or another
-            model of the same name; or a run failed for another reason than a loss that is not
+        FishError: A package is missing; the model or the data cannot be read; the folder is in use, or holds runs on
+            other data or another model of the same name; or a run failed for another reason than a loss that is not
             finite: the others were finished first.
     """
+    _check_packages(sweep)
     inputs = _inputs(sweep)  # every fault of the data comes before the first hour of training
     load_tokenizer(sweep.base)  # and so does a model that is not there
     with claimed(folder, inputs):
@@ -240,6 +242,16 @@ def run_sweep(sweep: Sweep, folder: Path, *, workers: int = 1, progress: Progres
             key, reason = next(iter(failed.items()))
             raise FishError(f"{len(failed)} of the runs failed, the first in {folder / key}: {reason}")
         return [records[job.key] for job in plan(sweep, records)]
+
+
+def _check_packages(sweep: Sweep) -> None:
+    """Refuse what would fail in every run, after its training."""
+    needed = {"sklearn": "hf", "matplotlib": "plot"}
+    if any(variant.recipe.method in ("lora", "shira") for variant in sweep.variants):
+        needed["peft"] = "peft"
+    for package, extra in needed.items():
+        if find_spec(package) is None:
+            raise FishError(f"these runs need the package {package}: pip install 'fishmask[{extra}]'")
 
 
 def _inputs(sweep: Sweep) -> dict[str, str]:
