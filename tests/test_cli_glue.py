@@ -6,7 +6,7 @@ from zipfile import ZipFile
 import pytest
 import torch
 
-from fishmask.cli_glue import _device
+from fishmask.cli_mask import device_named
 from fishmask.methods import METHODS
 from tests import tiny
 from tests.test_cli import answer, call, refusal
@@ -132,7 +132,7 @@ def test_auto_takes_no_device_that_torch_was_only_built_for(monkeypatch):
     monkeypatch.setattr(
         torch.accelerator, "current_accelerator", lambda check_available=False: None if check_available else built_for
     )
-    assert _device("auto") == "cpu"
+    assert device_named("auto") == "cpu"
 
 
 def test_report_writes_its_page(place, swept, tmp_path):

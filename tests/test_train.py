@@ -1,4 +1,3 @@
-import io
 import json
 import math
 import re
@@ -130,11 +129,12 @@ def test_a_mask_chosen_beforehand_is_the_one_trained(folder, examples):
         tuned(folder, examples, replace(TINY, method="full"), mask=mask)
 
 
-def test_the_log_has_one_line_per_epoch_with_the_validation_quality(folder, examples):
-    log = io.StringIO()
+def test_the_log_has_one_line_per_epoch_with_the_validation_quality(folder, examples, tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text("an earlier log\n")
     loaded, data = start(folder, examples)
     outcome = fit(loaded.model, data, TINY, head=loaded.head, validation=data, log=log)
-    records = [json.loads(line) for line in log.getvalue().splitlines()]
+    records = [json.loads(line) for line in log.read_text().splitlines()]
     assert records == outcome.history
     assert [(r["epoch"], r["step"]) for r in records] == [(1, 6), (2, 12)]
     assert records[-1]["accuracy"] == evaluate(loaded.model, data)["accuracy"]

@@ -1,13 +1,14 @@
 """The commands ``fishmask glue ...`` and ``fishmask report``."""
 
 import os
+import sys
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from fishmask.cli_mask import Json
+from fishmask.cli_mask import Device, Json, device_named
 from fishmask.console import bars, note, print_json, print_table, report
 
 Data = Annotated[
@@ -41,7 +42,6 @@ HeldOut = Annotated[float, typer.Option(help="Share of the training rows to choo
 SearchRows = Annotated[int | None, typer.Option(help="Search with only so many of the rows to train on.")]
 SearchEpochs = Annotated[int | None, typer.Option(help="Search with only so many epochs.")]
 Workers = Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")]
-Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, mps; auto takes the GPU when there is one.")]
 
 app = typer.Typer(no_args_is_help=True, help="The GLUE benchmark: compare methods, search, ablate, submit.")
 
@@ -178,7 +178,7 @@ def submit(
 
     with bars() as progress:
         result = write(
-            runs, data, output, tasks=task or (), variant=variant, base=model, fill=fill, device=_device(device),
+            runs, data, output, tasks=task or (), variant=variant, base=model, fill=fill, device=device_named(device),
             progress=progress,
         )  # fmt: skip
     report(result, json, "Submission")
@@ -234,21 +234,6 @@ def _numbers(text: str, kind: Any, option: str) -> tuple[Any, ...]:
     return numbers
 
 
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        # Without the check it names what torch was built for, which on most machines without a GPU is cuda.
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return "cpu" if found is None else found.type
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown one and for one that is not there
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--device {name}: {reason} (expected cpu, cuda, mps or auto)") from error
-    return name
-
-
 def _sweep(
     data: str, task: list[str] | None, model: str, output: Path, found: Any, seeds: int, rows: int | None,
     held_out: float, search_rows: int | None, search_epochs: int | None, workers: int, device: str, json: bool,
@@ -265,10 +250,10 @@ def _sweep(
         note(f"{workers} workers share {os.cpu_count()} cores")
     sweep = Sweep(
         data, model, tuple(names), found, tuple(range(seeds)), rows, held_out, search_rows, search_epochs,
-        _device(device),
+        device_named(device),
     )  # fmt: skip
     with bars() as progress:
-        records = run_sweep(sweep, output, workers=workers, progress=progress)
+        records = run_sweep(sweep, output, workers=workers, progress=progress, told=_tell)
     if json:
         print_json(records)
         return
@@ -285,6 +270,14 @@ def _sweep(
     headings = (*varied, "rate", "batch", "seed")
     print_table("Runs", ("task", "method", *headings, "validation", "test"), lines)
     note(f"`fishmask report {output}` sums them up")
+
+
+def _tell(record: dict[str, Any]) -> None:
+    """Say that a run is done, where there are no bars: a log should tell that something goes on."""
+    if not sys.stderr.isatty():
+        recipe, score = record["recipe"], _percent(record.get("validation"))
+        setting = f"rate {recipe['learning_rate']:g}, batch {recipe['batch_size']}, seed {recipe['seed']}"
+        note(f"{record['task']} {record['variant']}, {setting}: validation {score}")
 
 
 def _percent(scores: dict[str, float] | None) -> str:

@@ -21,6 +21,7 @@ Model = Annotated[str, typer.Argument(help="A local model folder, or a name on t
 TrainingData = Annotated[Path, typer.Argument(help="Training examples: .csv, .tsv or .jsonl.")]
 Density = Annotated[float, typer.Option(help="Share of all entries to train, as a fraction: 0.005 is 0.5 %.")]
 MaskFile = Annotated[Path, typer.Argument(help="A mask file, a delta file, or the folder of a training run.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps; auto takes the GPU when there is one.")]
 
 app = typer.Typer(no_args_is_help=True, help="Choose the entries to train, and look at what was chosen.")
 
@@ -145,3 +146,19 @@ def overlap(
 
 def _facts(mask: Any) -> dict[str, Any]:
     return {"entries": mask.k, "of": mask.n, "density": mask.density, "digest": mask.digest}
+
+
+def device_named(name: str) -> str:
+    """Return the device that an option means; refuse one that is not there."""
+    import torch
+
+    if name == "auto":
+        # Without the check it names what torch was built for, which on most machines without a GPU is cuda.
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return "cpu" if found is None else found.type
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown one and for one that is not there
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {name}: {reason} (expected cpu, cuda, mps or auto)") from error
+    return name

@@ -5,7 +5,21 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fishmask.cli_mask import Density, Exclude, Json, Keep, Label, MaxLength, Model, Pair, Task, Text, TrainingData
+from fishmask.cli_mask import (
+    Density,
+    Device,
+    Exclude,
+    Json,
+    Keep,
+    Label,
+    MaxLength,
+    Model,
+    Pair,
+    Task,
+    Text,
+    TrainingData,
+    device_named,
+)
 from fishmask.console import bars, report
 
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a training run.")]
@@ -65,6 +79,7 @@ def train(
     precision: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="bfloat16 runs the forward in autocast.")
     ] = "float32",
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Fine-tune a sequence-classification or regression model on your own table.
@@ -91,8 +106,9 @@ def train(
     columns = {"text": text, "label": label, "pair": pair, "task": task}
     with bars() as progress:
         metrics = train_table(
-            model, data, settings, output, columns, validation=validation, mask=mask, progress=progress
-        )
+            model, data, settings, output, columns, validation=validation, mask=mask, device=device_named(device),
+            progress=progress,
+        )  # fmt: skip
     report(metrics, json, "Training")
 
 
@@ -106,6 +122,7 @@ def predict(
     label: Annotated[
         str | None, typer.Option(help="Column of the labels; when given, the quality is reported.")
     ] = None,
+    device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Predict with a base model and the delta of a training run.
@@ -117,5 +134,8 @@ def predict(
     from fishmask.run import predict_table
 
     with bars() as progress:
-        result = predict_table(run, data, output, base=base, text=text, pair=pair, label=label, progress=progress)
+        result = predict_table(
+            run, data, output, base=base, text=text, pair=pair, label=label, device=device_named(device),
+            progress=progress,
+        )  # fmt: skip
     report(result, json, "Predictions")

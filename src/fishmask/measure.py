@@ -76,8 +76,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def peak_memory_bytes() -> int:
-    """Return the most memory that this process has had resident so far."""
+def peak_memory_bytes(device: torch.device | None = None) -> int:
+    """Return the most memory that this process has had resident so far, or its tensors on a GPU."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
         # getrusage would count the parent's peak too: Linux carries it over when a process is started.

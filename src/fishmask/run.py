@@ -39,6 +39,7 @@ def train_table(
     *,
     validation: Path | None = None,
     mask: Path | None = None,
+    device: str = "cpu",
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Fine-tune a model on a table and write the run's folder.
@@ -51,6 +52,7 @@ def train_table(
         columns: The arguments ``text``, ``label``, ``pair`` and ``task`` of :func:`fishmask.data.read_examples`.
         validation: A table to evaluate on after every epoch.
         mask: The file of a mask to train instead of choosing one.
+        device: Where to train.
         progress: Called with the progress.
 
     Returns:
@@ -61,12 +63,14 @@ def train_table(
     chosen = None if mask is None else read_mask(mask)
     progress("loading", 0, 1)
     loaded = load_for_training(model, examples.classes, seed=recipe.seed)
+    loaded.model.to(device)
     progress("loading", 1, 1)
     length, padding = recipe.max_length, recipe.padding
     encoded = encode(examples, loaded.tokenizer, length, padding)
     judged = None if checks is None else encode(checks, loaded.tokenizer, length, padding)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.jsonl").open("w", encoding="utf-8") as log:
+    try:
         outcome = fit(
             loaded.model,
             encoded,
@@ -74,9 +78,13 @@ def train_table(
             head=loaded.head,
             mask=chosen,
             validation=judged,
-            log=log,
+            log=folder / "log.jsonl",
             progress=progress,
         )
+    except BaseException:
+        if made and not any(folder.iterdir()):  # refused before the first evaluation
+            folder.rmdir()
+        raise
     file = write_run(folder, loaded.model, outcome, {"base": model, **columns, "recipe": asdict(recipe)})
     metrics = _metrics(outcome, file)
     write_json(folder / "metrics.json", metrics)
@@ -134,6 +142,7 @@ def predict_table(
     text: str | None = None,
     pair: str | None = None,
     label: str | None = None,
+    device: str = "cpu",
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Predict for every row of a table with what a training run left, and write one JSON line per row.
@@ -146,6 +155,7 @@ def predict_table(
         text: The column of the texts; by default as in training.
         pair: The column of the second texts; by default as in training.
         label: The column of the labels, to report the quality.
+        device: Where to predict.
         progress: Called with the progress.
 
     Returns:
@@ -154,7 +164,7 @@ def predict_table(
     run = read_run(folder)
     base = base or run["base"]
     progress("loading", 0, 1)
-    model = load_run(folder, base)
+    model = load_run(folder, base).to(device)
     progress("loading", 1, 1)
     regression = model.config.problem_type == "regression"
     classes = () if regression else tuple(model.config.id2label[i] for i in range(model.config.num_labels))

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -99,6 +99,9 @@ class Sweep:
             raise ValueError("search_epochs goes with search_rows: say how many rows the shorter search is to use")
         # The records of finished runs have the tasks' own names: by other spellings they would not be found again.
         object.__setattr__(self, "tasks", tuple(glue_task(task).name for task in self.tasks))
+        odd = [variant.name for variant in self.variants if not variant.name or set("/\\") & set(variant.name)]
+        if odd:
+            raise ValueError(f"the name of a variant is part of a folder's name; it cannot be {odd[0]!r}")
         known = {(variant.name, variant.recipe) for variant in self.variants}
         if len(known) < len(self.variants):
             raise ValueError("two variants have the same name and the same settings; expected each once")
@@ -188,7 +191,14 @@ def best_of(grid: Sequence[Job], records: Mapping[str, Record]) -> Job | None:
     return max(scored, key=lambda item: item[0])[1] if scored else None
 
 
-def run_sweep(sweep: Sweep, folder: Path, *, workers: int = 1, progress: Progress = no_progress) -> list[Record]:
+def run_sweep(
+    sweep: Sweep,
+    folder: Path,
+    *,
+    workers: int = 1,
+    progress: Progress = no_progress,
+    told: Callable[[Record], None] = lambda record: None,
+) -> list[Record]:
     """Run what is missing of a sweep, each run in a process of its own.
 
     Args:
@@ -196,6 +206,7 @@ def run_sweep(sweep: Sweep, folder: Path, *, workers: int = 1, progress: Progres
         folder: Its folder; what is finished in it is not run again.
         workers: How many processes at a time; the cores are shared out among them.
         progress: Called with "all runs" for the whole, and with the progress of each run.
+        told: Called with the record of each run that has just been finished.
 
     Returns:
         The records of all the jobs of the sweep. They are in ``results.jsonl`` in the folder, too, with those of every
@@ -229,6 +240,7 @@ def run_sweep(sweep: Sweep, folder: Path, *, workers: int = 1, progress: Progres
                         job = running.pop(future)
                         try:
                             records[job.key] = future.result()
+                            told(records[job.key])
                         except FishError as error:
                             failed[job.key] = str(error)
                         board.finished(job)
@@ -390,17 +402,16 @@ def _train(
         return encode(examples, loaded.tokenizer, recipe.max_length, recipe.padding)
 
     begin = perf_counter()
-    with (folder / "log.jsonl").open("w", encoding="utf-8") as log:
-        outcome = fit(
-            loaded.model,
-            encoded(train),
-            recipe,
-            head=loaded.head,
-            validation=encoded(held_out),
-            judge=lambda quality: task_score(task, {"": quality}),
-            log=log,
-            progress=progress,
-        )
+    outcome = fit(
+        loaded.model,
+        encoded(train),
+        recipe,
+        head=loaded.head,
+        validation=encoded(held_out),
+        judge=lambda quality: task_score(task, {"": quality}),
+        log=folder / "log.jsonl",
+        progress=progress,
+    )
     seconds = perf_counter() - begin
     run = {"base": base, "task": task.name, "text": task.text, "pair": task.pair, "variant": settings["variant"]}
     file = write_run(folder, loaded.model, outcome, {**run, "recipe": asdict(recipe)})

@@ -8,9 +8,10 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Outcome:
         entries: How many numbers were trained.
         seconds_per_step: Median over the steps after the warm-up.
         seconds_scoring: Time taken to choose the mask.
-        peak_memory_bytes: Most memory that the process has had resident until the end of training.
+        peak_memory_bytes: Most memory until the end of training: of the process, or on a GPU of its tensors there.
         history: One record per evaluation, the last one at the end of training.
     """
 
@@ -58,7 +59,7 @@ def fit(
     mask: Mask | None = None,
     validation: Encoded | None = None,
     judge: Callable[[dict[str, float]], dict[str, float]] = dict,
-    log: IO[str] | None = None,
+    log: Path | None = None,
     progress: Progress = no_progress,
 ) -> Outcome:
     """Fine-tune ``model`` in place.
@@ -71,7 +72,7 @@ def fit(
         mask: A mask chosen beforehand; the recipe's method then chooses none.
         validation: Examples to evaluate after every epoch.
         judge: Turns the quality of the predictions into what is recorded of it; by default all.
-        log: Where one JSON line per evaluation goes.
+        log: The file to write, one JSON line per evaluation; an earlier one is replaced at the first.
         progress: Called with the phase ("scoring", "training"), the steps done and the steps in all.
 
     Returns:
@@ -111,11 +112,12 @@ def fit(
             record |= judge(evaluate(model, validation, recipe.precision))
         outcome.history.append(record)
         if log is not None:
-            print(json.dumps(record), file=log, flush=True)
+            with log.open("w" if len(outcome.history) == 1 else "a", encoding="utf-8") as file:
+                print(json.dumps(record), file=file)
     model.eval()
     outcome.entries = sum(p.numel() for p in descent.optimizer.param_groups[0]["params"])
     outcome.seconds_per_step = median(seconds)
-    outcome.peak_memory_bytes = peak_memory_bytes()
+    outcome.peak_memory_bytes = peak_memory_bytes(device_of(model))
     return outcome
 
 
