@@ -2,7 +2,7 @@
 
     python -m experiments.glue DATA -o RUNS/sst --task SST-2 --rows 4000
     python -m experiments.glue DATA -o RUNS/mrpc --task MRPC --rows 2000 --rates-from RUNS/sst
-    python -m experiments.glue DATA -o RUNS/rte --task RTE --rows 1200 --rates-from RUNS/sst
+    python -m experiments.glue DATA -o RUNS/rte --task RTE --rows 500 --rates-from RUNS/sst
     cat RUNS/*/results.jsonl > results/glue.jsonl
 
 Three learning rates for each method, chosen with one seed on a fifth of the rows held out of train, then three seeds of

@@ -21,6 +21,7 @@ from fishmask.tables import costs_table, differences_table, layers_table, method
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
+PARTS = ("validation", "test")
 TASKS = ("words", "sst2")  # of the search for a recipe
 Record = dict[str, Any]
 
@@ -156,6 +157,19 @@ def _best(lines: list[Record], name: str, metric: str) -> tuple[float, str, str]
     return mean(values), f"{mean(values):.3f}{spread} ({len(values)})", rates
 
 
+def ablation() -> str:
+    """Return the ablations of the score: one row per run, in points."""
+    lines = latest(records("glue_ablation"), lambda line: line["recipe"])
+    settings = ("method", "labels", "examples", "score")
+    rows = [
+        [*(str(line["recipe"][name]) for name in settings), *(f"{line[part]['score']:.1%}" for part in PARTS)]
+        for line in sorted(lines, key=lambda line: [str(line["recipe"][name]) for name in settings])
+    ]
+    recipe = lines[-1]["recipe"]
+    note = f"{lines[-1]['task']}, seed {recipe['seed']}, learning rate {recipe['learning_rate']:g}."
+    return f"{table(['mask by', *settings[1:], *PARTS], rows)}\n\n{note} {machine(lines[-1])}"
+
+
 def glue(write: Callable[[Any], str]) -> Callable[[], str]:
     """Return what writes one of the report's tables from the committed records."""
 
@@ -173,6 +187,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "scoring": ("scoring", scoring),
     "step": ("step", step),
     "recipe": ("recipe", recipe),
+    "claims": ("glue_ablation", ablation),
     "glue": ("glue", glue(lambda lines: methods_table(lines, 0.005))),
     "gaps": ("glue", glue(lambda lines: differences_table(lines, 0.005))),
     "rates": ("glue", glue(search_table)),
