@@ -328,7 +328,7 @@ def test_all_runs_of_the_folder_are_in_one_file(runs):
     folder, records, _ = runs
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert len(lines) == len(records) and all(record in lines for record in records)
-    assert not list(folder.rglob("*.part"))
+    assert not list(folder.rglob("*.tmp"))
 
 
 def test_the_progress_of_the_whole_grows_to_its_total(runs):

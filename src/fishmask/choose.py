@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from fishmask.attach import attach
 from fishmask.data import Encoded
 from fishmask.fisher import scores
-from fishmask.loop import Descent, Progress, no_progress
+from fishmask.loop import Descent, Progress, no_progress, other_batches
 from fishmask.mask import Mask
 from fishmask.params import canonical_parameters, matching
 from fishmask.recipe import Recipe
@@ -32,7 +33,7 @@ def choose(
     Raises:
         ValueError: The method trains no mask.
     """
-    exclude = (*recipe.exclude, *(outside_of_layers(model, keep) if recipe.among == "layers" else ()))
+    exclude = _excluded(model, recipe, keep)
     if recipe.method == "random":
         return Mask.random(model, recipe.density, recipe.seed, keep=keep, exclude=exclude)
     if recipe.method == "magnitude":
@@ -46,6 +47,11 @@ def choose(
     else:
         raise ValueError(f"method={recipe.method!r} chooses no entries by itself")
     return Mask.from_scores(found, recipe.density, keep=keep, exclude=exclude)
+
+
+def _excluded(model: nn.Module, recipe: Recipe, keep: Sequence[str]) -> tuple[str, ...]:
+    """Return the patterns of everything that may not be chosen."""
+    return (*recipe.exclude, *(outside_of_layers(model, keep) if recipe.among == "layers" else ()))
 
 
 def outside_of_layers(model: nn.Module, keep: Sequence[str] = ()) -> list[str]:
@@ -99,7 +105,7 @@ def narrow(
         ValueError: Nothing is left to choose from (see ``Mask.random``).
         Diverged: The loss is not finite.
     """
-    exclude = (*recipe.exclude, *(outside_of_layers(model, keep) if recipe.among == "layers" else ()))
+    exclude = _excluded(model, recipe, keep)
     sizes = {name: p.numel() for name, p in canonical_parameters(model).items()}
     kept, free, k = budget(sizes, recipe.density, keep, exclude)
     room = {name: sizes[name] for name in free}
@@ -151,14 +157,10 @@ def movement(model: nn.Module, data: Encoded, recipe: Recipe, progress: Progress
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     steps = recipe.dense_epochs * math.ceil(len(data) / recipe.batch_size)
     descent = Descent(model, parameters.values(), recipe.dense_rate, steps, recipe)
-    step = 0
     try:
-        for epoch in range(recipe.dense_epochs):
-            # Not the seeds of the training that follows: its order of batches should be a new one.
-            for rows in data.shuffled(recipe.batch_size, seed=recipe.seed + 1000 * epoch + 500):
-                descent.step(data.batch(rows))
-                step += 1
-                progress("dense training", step, steps)
+        for step, batch in enumerate(islice(other_batches(data, recipe), steps), start=1):
+            descent.step(batch)
+            progress("dense training", step, steps)
         return {name: (p.detach() - start[name]).float().abs() for name, p in parameters.items()}
     finally:
         with torch.no_grad():

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
+from fishmask.container import replace_file
 from fishmask.errors import FishError
 
 try:
@@ -42,9 +43,7 @@ def claimed(folder: Path, inputs: Mapping[str, str]) -> Iterator[None]:
             raise FishError(
                 f"{folder} holds runs with another {', another '.join(other)}; name another folder for these"
             )
-        temporary = path.with_suffix(".partial")
-        temporary.write_text(json.dumps({**known, **inputs}, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        replace_file(path, [json.dumps({**known, **inputs}, indent=2).encode(), b"\n"])
         yield
 
 

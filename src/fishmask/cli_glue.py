@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from fishmask.cli_mask import Device, Json, device_named
+from fishmask.cli_mask import Density, Device, Json, MaxLength, device_named
 from fishmask.console import bars, note, print_json, print_table, report
 
 Data = Annotated[
@@ -26,9 +26,7 @@ Rates = Annotated[
 ]
 BatchSizes = Annotated[str, typer.Option("--batch-size", help="Batch sizes to try, such as 8,16.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Seeds of the best setting; the first one searches.")]
-Density = Annotated[float, typer.Option(help="Share of all entries to train, as a fraction: 0.005 is 0.5 %.")]
 Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
-MaxLength = Annotated[int, typer.Option(help="Cut texts off after so many tokens.")]
 WeightDecay = Annotated[float, typer.Option(help="AdamW's weight decay.")]
 Clip = Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no clipping.")]
 Examples = Annotated[int, typer.Option(help="How many training examples to score.")]

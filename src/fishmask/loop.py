@@ -1,10 +1,12 @@
 """One training step, the same for every method."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 
+from fishmask.data import Encoded
 from fishmask.errors import Diverged
 from fishmask.recipe import Precision, Recipe
 
@@ -59,6 +61,13 @@ class Descent:
         self.optimizer.zero_grad()
         self._schedule.step()
         return float(loss.detach())
+
+
+def other_batches(data: Encoded, recipe: Recipe) -> Iterator[dict[str, Tensor]]:
+    """Yield batches without end, epoch after epoch, in another order than the training that follows."""
+    for epoch in count():
+        for rows in data.shuffled(recipe.batch_size, seed=recipe.seed + 1000 * epoch + 500):
+            yield data.batch(rows)
 
 
 def device_of(model: nn.Module) -> torch.device:

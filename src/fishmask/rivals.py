@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch.func import functional_call
 from fishmask.attach import is_attached
 from fishmask.data import Encoded
 from fishmask.errors import Diverged, FishError
-from fishmask.loop import Progress, autocast, device_of, no_progress, to_device
+from fishmask.loop import Progress, autocast, device_of, no_progress, other_batches, to_device
 from fishmask.mask import Mask
 from fishmask.params import canonical_parameters, matching, take
 from fishmask.recipe import Recipe
@@ -417,7 +417,7 @@ def _train_differences(
     training = model.training
     model.train()
     try:
-        for step, batch in enumerate(islice(_batches(data, recipe), steps), start=1):
+        for step, batch in enumerate(islice(other_batches(data, recipe), steps), start=1):
             weights = differences.drawn(generator)
             with autocast(device, recipe.precision):
                 loss = functional_call(model, weights | buffers, kwargs=to_device(batch, device)).loss
@@ -434,10 +434,3 @@ def _train_differences(
             progress("dense training", step, steps)
     finally:
         model.train(training)
-
-
-def _batches(data: Encoded, recipe: Recipe) -> Iterator[dict[str, Tensor]]:
-    """Yield batches without end, epoch after epoch, in another order than the training that follows."""
-    for epoch in count():
-        for rows in data.shuffled(recipe.batch_size, seed=recipe.seed + 1000 * epoch + 500):
-            yield data.batch(rows)

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from fishmask.claim import claimed, digest_of, digest_of_model
-from fishmask.data import encode
+from fishmask.container import replace_file
+from fishmask.data import Examples, encode
 from fishmask.errors import Diverged, FishError
 from fishmask.glue import GlueTask, glue_task, hold_out, read_glue, take, task_score
 from fishmask.hub import load_for_training, load_tokenizer, located
@@ -218,12 +219,12 @@ def run_sweep(
             finite: the others were finished first.
     """
     _check_packages(sweep)
-    inputs = _inputs(sweep)  # every fault of the data comes before the first hour of training
+    data = _read(sweep)  # every fault of the data comes before the first hour of training
     load_tokenizer(sweep.base)  # and so does a model that is not there
-    with claimed(folder, inputs):
+    with claimed(folder, _inputs(sweep, data)):
         threads = max(1, (os.cpu_count() or 1) // workers)
         records = finished(folder)
-        board = _Board(sweep, records, progress)
+        board = _Board(sweep, {task: len(parts[0][""]) for task, parts in data.items()}, records, progress)
         failed: dict[str, str] = {}
         running: dict[Future[Record], Job] = {}
         with ThreadPoolExecutor(workers) as pool:
@@ -249,7 +250,7 @@ def run_sweep(
                     stop_workers()
                 raise
         lines = "".join(json.dumps(record) + "\n" for _, record in sorted(finished(folder).items()))
-        _write_whole(folder / "results.jsonl", lines)
+        replace_file(folder / "results.jsonl", [lines.encode()])
         if failed:
             key, reason = next(iter(failed.items()))
             raise FishError(f"{len(failed)} of the runs failed, the first in {folder / key}: {reason}")
@@ -266,11 +267,15 @@ def _check_packages(sweep: Sweep) -> None:
             raise FishError(f"these runs need the package {package}: pip install 'fishmask[{extra}]'")
 
 
-def _inputs(sweep: Sweep) -> dict[str, str]:
+def _read(sweep: Sweep) -> dict[str, list[dict[str, Examples]]]:
+    """Return the train and the dev part of each task."""
+    return {name: [read_glue(sweep.source, glue_task(name), part) for part in ("train", "dev")] for name in sweep.tasks}
+
+
+def _inputs(sweep: Sweep, data: Mapping[str, list[dict[str, Examples]]]) -> dict[str, str]:
     """Return the digests of the base and of each task's data, by name."""
     inputs = {f"model {Path(sweep.base).name}": digest_of_model(located(sweep.base))}
-    for name in sweep.tasks:
-        parts = [read_glue(sweep.source, glue_task(name), part) for part in ("train", "dev")]
+    for name, parts in data.items():
         inputs[f"data of {name}"] = digest_of([[vars(examples) for examples in part.values()] for part in parts])
     return inputs
 
@@ -278,13 +283,12 @@ def _inputs(sweep: Sweep) -> dict[str, str]:
 class _Board:
     """The progress of the whole, measured in examples to train on so that the time left can be told."""
 
-    def __init__(self, sweep: Sweep, records: Mapping[str, Record], progress: Progress) -> None:
+    def __init__(
+        self, sweep: Sweep, sizes: Mapping[str, int], records: Mapping[str, Record], progress: Progress
+    ) -> None:
         self._progress, self._lock = progress, Lock()
         self._share: dict[str, float] = {}
-        self._rows = {
-            name: min(len(read_glue(sweep.source, glue_task(name), "train")[""]), sweep.rows or sys.maxsize)
-            for name in sweep.tasks
-        }
+        self._rows = {name: min(size, sweep.rows or sys.maxsize) for name, size in sizes.items()}
         jobs: set[Job] = set()
         for variant in sweep.variants:
             for task in sweep.tasks:
@@ -380,15 +384,8 @@ def run_job(settings: Mapping[str, Any], progress: Progress) -> Record:
     except Diverged as error:  # a rate that is too high is a finding of the search
         record["diverged"] = str(error)
     record |= environment()
-    _write_whole(folder / "metrics.json", json.dumps(record, indent=2) + "\n")
+    replace_file(folder / "metrics.json", [json.dumps(record, indent=2).encode(), b"\n"])
     return record
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, whenever this process is killed."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _train(
