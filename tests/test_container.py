@@ -425,25 +425,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     def full(*args: object, **settings: object) -> None:
         raise OSError(28, "No space left on device")
 
-    class Full:
-        def __init__(self, file: object) -> None:
-            self.file = file
+    def half(handle: int, data: memoryview) -> int:
+        write(handle, data[:10])
+        return full()
 
-        def __enter__(self) -> "Full":
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            self.file.close()
-
-        def write(self, data: bytes) -> None:
-            self.file.write(data[:10])
-            full()
-
-    if fault == "write":
-        fdopen = os.fdopen
-        monkeypatch.setattr(os, "fdopen", lambda *args: Full(fdopen(*args)))
-    else:
-        monkeypatch.setattr(*{"fsync": (os, "fsync"), "replace": (Path, "replace")}[fault], full)
+    write = os.write
+    owner, name, broken = {
+        "fsync": (os, "fsync", full),
+        "write": (os, "write", half),
+        "replace": (Path, "replace", full),
+    }[fault]
+    monkeypatch.setattr(owner, name, broken)
     with pytest.raises(OSError, match="No space left"):
         small_delta().mask.save(path)
     monkeypatch.undo()

@@ -6,13 +6,8 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-from fishmask.container import replace_file
 from fishmask.errors import FishError
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps a second process out there
-    fcntl = None  # type: ignore[assignment]
+from fishmask.publish import Lock, replace_file
 
 
 @contextmanager
@@ -28,14 +23,9 @@ def claimed(folder: Path, inputs: Mapping[str, str]) -> Iterator[None]:
         FishError: Another process holds the folder, or an input is not what it was. Nothing has been changed then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
-            except OSError as error:
-                raise FishError(
-                    f"{folder} is being written by another process; wait, or name another folder"
-                ) from error
+    lock = Lock(folder / "lock")
+    lock.acquire()
+    try:
         path = folder / "inputs.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         other = sorted(name for name, digest in inputs.items() if known.get(name, digest) != digest)
@@ -45,6 +35,8 @@ def claimed(folder: Path, inputs: Mapping[str, str]) -> Iterator[None]:
             )
         replace_file(path, [json.dumps({**known, **inputs}, indent=2).encode(), b"\n"])
         yield
+    finally:
+        lock.release()
 
 
 def digest_of_model(base: str) -> str:

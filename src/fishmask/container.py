@@ -4,15 +4,12 @@
 """
 
 import contextlib
-import errno
 import hashlib
-import itertools
 import json
 import math
 import os
-import secrets
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from fishmask.errors import FishError
 from fishmask.fingerprint import raw_bytes
+from fishmask.publish import replace_file
 from fishmask.select import divide
 
 VERSION = 1
@@ -81,6 +79,15 @@ def write(path: str | os.PathLike[str], kind: str, content: Content) -> None:
         ValueError: A tensor has a dtype that the format does not know.
         OSError: The file cannot be written.
     """
+    replace_file(Path(path), serialise(kind, content))
+
+
+def serialise(kind: str, content: Content) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a file, the header first; the tensors are read twice, for the digest and to be yielded.
+
+    Raises:
+        ValueError: A tensor has a dtype that the format does not know.
+    """
     packed = _compress(json.dumps(content.description, separators=(",", ":")).encode(), level=19)
     tensors = {**content.tensors, "parameters": bytes_tensor(packed)}
     # Wide elements first, so that each tensor is aligned for readers that map the file.
@@ -106,8 +113,8 @@ def write(path: str | os.PathLike[str], kind: str, content: Content) -> None:
     sha = hashlib.sha256(header)
     for name in order:
         sha.update(raw_bytes(tensors[name]))
-    header = header[:_DIGEST_AT] + sha.hexdigest().encode() + header[_DIGEST_END:]
-    replace_file(Path(path), itertools.chain([header], (raw_bytes(tensors[name]) for name in order)))
+    yield header[:_DIGEST_AT] + sha.hexdigest().encode() + header[_DIGEST_END:]
+    yield from (raw_bytes(tensors[name]) for name in order)
 
 
 def read(path: str | os.PathLike[str], kind: str) -> Content:
@@ -124,7 +131,7 @@ def read(path: str | os.PathLike[str], kind: str) -> Content:
         FishError: The file is damaged, of another kind or format, or from a newer fishmask.
         OSError: The file cannot be read.
     """
-    data = Path(path).read_bytes()
+    data = _bytes_of(path)
     if data[8:_DIGEST_AT] != _START or len(data) < _DIGEST_END:
         raise FishError(f"{path} is not a fishmask file, or its first bytes are damaged")
     sha = hashlib.sha256(data[:_DIGEST_AT])
@@ -136,7 +143,18 @@ def read(path: str | os.PathLike[str], kind: str) -> Content:
         return _parse(path, data, kind)
 
 
-def _parse(path: str | os.PathLike[str], data: bytes, kind: str) -> Content:
+def _bytes_of(path: str | os.PathLike[str]) -> bytearray:
+    """Read a file into memory that tensors can share: a base is as large as its model."""
+    with Path(path).open("rb") as file:
+        data = bytearray(os.fstat(file.fileno()).st_size)
+        view, size = memoryview(data), 0
+        while read := file.readinto(view[size:]):
+            size += read
+    del view
+    return data[:size] if size < len(data) else data
+
+
+def _parse(path: str | os.PathLike[str], data: bytearray, kind: str) -> Content:
     (length,) = struct.unpack_from("<Q", data)
     if length > len(data) - 8:
         raise ValueError(f"a header of {length} bytes in a file of {len(data)}")
@@ -151,21 +169,22 @@ def _parse(path: str | os.PathLike[str], data: bytes, kind: str) -> Content:
         )
     if metadata["kind"] != kind:
         raise FishError(f"{path} holds a {metadata['kind']}, not a {kind}; load it as what it is")
-    body = memoryview(data)[8 + length :]
-    tensors = {name: _tensor(body, entry) for name, entry in head.items()}
+    tensors = {name: _tensor(data, 8 + length, entry) for name, entry in head.items()}
     packed = tensors.pop("parameters").numpy().tobytes()
     description = json.loads(_decompress(packed, _LARGEST_DESCRIPTION))
     own = ("digest", "format", "version", "kind")
     return Content({key: text for key, text in metadata.items() if key not in own}, description, tensors)
 
 
-def _tensor(body: memoryview, entry: Mapping[str, Any]) -> Tensor:
+def _tensor(data: bytearray, body: int, entry: Mapping[str, Any]) -> Tensor:
     dtype, shape, (start, end) = _DTYPES[entry["dtype"]], torch.Size(entry["shape"]), entry["data_offsets"]
-    if not 0 <= start <= end <= len(body) or shape.numel() * dtype.itemsize != end - start:
-        raise ValueError(f"a tensor of shape {list(shape)} between bytes {start} and {end} of {len(body)}")
+    if not 0 <= start <= end <= len(data) - body or shape.numel() * dtype.itemsize != end - start:
+        raise ValueError(f"a tensor of shape {list(shape)} between bytes {start} and {end} of {len(data) - body}")
     if start == end:  # frombuffer takes no empty buffer
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(body[start:end]), dtype=dtype).view(shape)
+    if (body + start) % dtype.itemsize:  # another writer's order of tensors
+        return torch.frombuffer(data[body + start : body + end], dtype=dtype).view(shape)
+    return torch.frombuffer(data, dtype=dtype, count=shape.numel(), offset=body + start).view(shape)
 
 
 @contextlib.contextmanager
@@ -276,34 +295,3 @@ def _decompress(data: bytes, largest: int) -> bytes:
         return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from error
-
-
-def replace_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file so that after a crash at any point the path holds the new bytes or what it held before."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        with os.fdopen(handle, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(folder: Path) -> None:
-    """Make a rename durable, where the system can do that for directories."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)

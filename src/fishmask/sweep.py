@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from fishmask.claim import claimed, digest_of, digest_of_model
-from fishmask.container import replace_file
 from fishmask.data import Examples, encode
 from fishmask.errors import Diverged, FishError
 from fishmask.glue import GlueTask, glue_task, hold_out, read_glue, take, task_score
@@ -32,6 +31,7 @@ from fishmask.hub import load_for_training, load_tokenizer, located
 from fishmask.loop import Progress, no_progress
 from fishmask.measure import environment
 from fishmask.plot import plot_mask
+from fishmask.publish import replace_file
 from fishmask.recipe import Recipe, recipe_from
 from fishmask.run import MODEL_FILE, write_run
 from fishmask.train import Outcome, evaluate, fit

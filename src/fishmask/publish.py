@@ -1,0 +1,190 @@
+"""Files that are written whole or not at all and that survive a crash or a loss of power; one writer per folder."""
+
+import contextlib
+import errno
+import os
+import secrets
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from weakref import WeakSet
+
+from fishmask.errors import FishError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+_SUFFIX = ".tmp"
+# What systems answer where there are no hard links: FAT, network and user-space file systems.
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EMLINK}
+
+Parts = Iterable[bytes | memoryview]
+
+
+def publish(path: Path, parts: Parts) -> None:
+    """Write a new file; on return its bytes and its name are durable.
+
+    The bytes go to a temporary file in the same folder and are synced before the name appears, so whoever finds the
+    name, after whatever crash, finds the whole file.
+
+    Raises:
+        FileExistsError: The name is taken; the file there is untouched.
+        OSError: The file cannot be written; nothing of it is left where the system allows to clean up.
+    """
+    temporary = _write_temporary(path, parts)
+    try:
+        _link(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # renamed
+            temporary.unlink()
+    sync_directory(path.parent)
+
+
+def replace_file(path: Path, parts: Parts) -> None:
+    """Write a file so that after a crash at any point the path holds the new bytes or what it held before.
+
+    Raises:
+        OSError: The file cannot be written; what it held before is still there.
+    """
+    temporary = _write_temporary(path, parts)
+    try:
+        temporary.replace(path)
+    except BaseException:
+        _discard(temporary)
+        raise
+    sync_directory(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and the missing ones above it, durably."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync_directory(folder.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file if it is there; what another program still holds open (Windows) stays for a later time."""
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        path.unlink()
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Return the temporary files in a folder; where no writer is at work, a crash has left them."""
+    return sorted(path for path in folder.iterdir() if path.name.startswith(".") and path.name.endswith(_SUFFIX))
+
+
+def sync_directory(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can do that."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _write_temporary(path: Path, parts: Parts) -> Path:
+    """Write and sync a temporary file beside ``path``."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_SUFFIX}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        try:
+            for part in parts:
+                view = memoryview(part)
+                while view:  # the system may take less than it is given
+                    view = view[os.write(handle, view) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except BaseException:
+        _discard(temporary)
+        raise
+    return temporary
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give the temporary file its name, which must be free."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():  # a rename would replace it
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        temporary.rename(path)
+
+
+def _discard(temporary: Path) -> None:
+    with contextlib.suppress(OSError):  # the error that led here matters more
+        temporary.unlink()
+
+
+class Lock:
+    """A lock file that one writer at a time can hold; the system lets go of it when the process dies.
+
+    A process that is forked off, such as a worker of a data loader, does not inherit it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle: int | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._handle is not None
+
+    def acquire(self) -> None:
+        """Take the lock, at once or not at all.
+
+        Raises:
+            FishError: Another writer holds it.
+        """
+        if self.held:
+            return
+        handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(handle)
+        except (BlockingIOError, PermissionError) as error:
+            os.close(handle)
+            raise FishError(
+                f"{self._path.parent} is being written by another process; wait, or name another folder"
+            ) from error
+        except OSError:
+            pass  # a file system without locks: names are taken only once there too, which `publish` sees to
+        self._handle = handle
+        _HELD.add(self)
+
+    def release(self) -> None:
+        """Let go of the lock, if it is held."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+        _HELD.discard(self)
+
+
+_HELD: "WeakSet[Lock]" = WeakSet()
+
+
+def _lock(handle: int) -> None:
+    if sys.platform == "win32":
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _forget() -> None:
+    """Close a child's copies of the locks: they would outlive the parent that holds them."""
+    for lock in list(_HELD):
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
