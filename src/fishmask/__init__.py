@@ -4,7 +4,8 @@ from fishmask.attach import Tuning, attach
 from fishmask.delta import Delta, load
 from fishmask.errors import FishError
 from fishmask.fisher import fisher, scores
+from fishmask.log import CheckpointLog
 from fishmask.mask import Mask
 
 __version__ = "0.1.0"
-__all__ = ["Delta", "FishError", "Mask", "Tuning", "attach", "fisher", "load", "scores"]
+__all__ = ["CheckpointLog", "Delta", "FishError", "Mask", "Tuning", "attach", "fisher", "load", "scores"]

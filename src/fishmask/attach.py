@@ -76,6 +76,7 @@ class Tuning:
     Attributes:
         model: The attached model.
         mask: The current mask, with the shapes of the model.
+        originals: What the base was, at the entries that were ever masked.
     """
 
     def __init__(self, model: nn.Module, mask: Mask) -> None:
@@ -92,7 +93,7 @@ class Tuning:
         self._entries: dict[str, Entry] = {}
         self._required_grad = {name: p.requires_grad for name, p in parameters.items()}
         with torch.inference_mode(False):
-            self._originals = Originals(model)
+            self.originals = Originals(model)
         try:
             with torch.inference_mode(False):
                 self._begin()
@@ -118,6 +119,11 @@ class Tuning:
         ]
         _LIVE.add(self)
         _hook_optimizers()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model is attached still."""
+        return self._attached
 
     # --- the values ---------------------------------------------------------------------------------------------------
 
@@ -209,10 +215,10 @@ class Tuning:
     @torch.no_grad()
     def revert(self) -> None:
         """Restore the base bit for bit, also after ``detach``: entries ever masked, and buffers changed by training."""
-        self._originals.check(self.model)
+        self.originals.check(self.model)
         if self._attached:
             self.detach()
-        self._originals.restore(self.model)
+        self.originals.restore(self.model)
 
     @torch.no_grad()
     def delta(self) -> "Delta":
@@ -225,16 +231,16 @@ class Tuning:
 
         if self._attached:
             self.write_back()
-        self._originals.check(self.model)
-        touched = Mask.from_indices(self._originals.indices, shapes=self.model)
+        self.originals.check(self.model)
+        touched = Mask.from_indices(self.originals.indices, shapes=self.model)
         parameters = canonical_parameters(self.model)
         values = {name: take(parameters[name], indices) for name, indices in touched.indices.items()}
         config = getattr(self.model, "config", None)
         return Delta(
             touched,
             values,
-            base=fingerprint(self._originals.base(self.model), touched),
-            buffers=self._originals.changed_buffers(self.model),
+            base=fingerprint(self.originals.base(self.model), touched),
+            buffers=self.originals.changed_buffers(self.model),
             base_name=getattr(config, "_name_or_path", None) or None,
             base_revision=getattr(config, "_commit_hash", None),
         )
@@ -245,7 +251,7 @@ class Tuning:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out hooks and the flat vector; ``__setstate__`` makes them again."""
-        kept = ("model", "mask", "_attached", "_required_grad", "_originals", "_entries")
+        kept = ("model", "mask", "_attached", "_required_grad", "originals", "_entries")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -288,7 +294,7 @@ class Tuning:
         }
         self._written = self._version()
         for name, entry in self._entries.items():
-            self._originals.remember(name, entry.weight, mask.indices[name])
+            self.originals.remember(name, entry.weight, mask.indices[name])
         self._hook()
 
     def _hook(self) -> None:
@@ -343,7 +349,7 @@ class Tuning:
             return
         self._write_changes()
         name, first = next(iter(self._entries.items()))
-        if first.weight.device != self._flat.device or first.weight.dtype != self._originals.dtype(name):
+        if first.weight.device != self._flat.device or first.weight.dtype != self.originals.dtype(name):
             raise FishError(
                 "the model was moved or converted while attached: move it to its device and dtype first, then attach"
             )
@@ -401,6 +407,18 @@ def paused(model: nn.Module) -> Iterator[None]:
     finally:
         for tuning in tunings:
             tuning._pause(False)
+
+
+def tuning_of(model: nn.Module) -> "Tuning | None":
+    """Return the tuning that ``model``, or a wrapper of it, is attached by; None when it is not attached.
+
+    Raises:
+        ValueError: Several parts of it are attached apart.
+    """
+    tunings = _tunings_of(model)
+    if len(tunings) > 1:
+        raise ValueError(f"{len(tunings)} parts of this model are attached apart; pass the Tuning that is meant")
+    return tunings[0] if tunings else None
 
 
 def _tunings_of(model: nn.Module) -> "list[Tuning]":

@@ -5,11 +5,12 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,11 +66,12 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 class Content(NamedTuple):
-    """What a file holds: short strings readable by anyone, a description (JSON), and tensors by name."""
+    """What a file holds: strings for anyone, a description (JSON), tensors by name; its digest once it was read."""
 
     metadata: dict[str, str]
     description: dict[str, Any]
     tensors: dict[str, Tensor]
+    digest: str = ""
 
 
 def write(path: str | os.PathLike[str], kind: str, content: Content) -> None:
@@ -79,16 +81,16 @@ def write(path: str | os.PathLike[str], kind: str, content: Content) -> None:
         ValueError: A tensor has a dtype that the format does not know.
         OSError: The file cannot be written.
     """
-    replace_file(Path(path), serialise(kind, content))
+    replace_file(Path(path), serialise(kind, content)[1])
 
 
-def serialise(kind: str, content: Content) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a file, the header first; the tensors are read twice, for the digest and to be yielded.
+def serialise(kind: str, content: Content) -> tuple[str, Iterator[bytes | memoryview]]:
+    """Return the digest of a file and its bytes in parts; the tensors are read now, and again as the parts are taken.
 
     Raises:
         ValueError: A tensor has a dtype that the format does not know.
     """
-    packed = _compress(json.dumps(content.description, separators=(",", ":")).encode(), level=19)
+    packed = compress(json.dumps(content.description, separators=(",", ":")).encode(), level=19)
     tensors = {**content.tensors, "parameters": bytes_tensor(packed)}
     # Wide elements first, so that each tensor is aligned for readers that map the file.
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
@@ -113,8 +115,9 @@ def serialise(kind: str, content: Content) -> Iterator[bytes | memoryview]:
     sha = hashlib.sha256(header)
     for name in order:
         sha.update(raw_bytes(tensors[name]))
-    yield header[:_DIGEST_AT] + sha.hexdigest().encode() + header[_DIGEST_END:]
-    yield from (raw_bytes(tensors[name]) for name in order)
+    digest = sha.hexdigest()
+    header = header[:_DIGEST_AT] + digest.encode() + header[_DIGEST_END:]
+    return digest, itertools.chain([header], (raw_bytes(tensors[name]) for name in order))
 
 
 def read(path: str | os.PathLike[str], kind: str) -> Content:
@@ -122,7 +125,7 @@ def read(path: str | os.PathLike[str], kind: str) -> Content:
 
     Args:
         path: The file.
-        kind: What it must be, ``"mask"`` or ``"delta"``.
+        kind: What it must be, such as ``"mask"`` or ``"delta"``.
 
     Returns:
         Its content; the tensors are on the CPU.
@@ -171,9 +174,10 @@ def _parse(path: str | os.PathLike[str], data: bytearray, kind: str) -> Content:
         raise FishError(f"{path} holds a {metadata['kind']}, not a {kind}; load it as what it is")
     tensors = {name: _tensor(data, 8 + length, entry) for name, entry in head.items()}
     packed = tensors.pop("parameters").numpy().tobytes()
-    description = json.loads(_decompress(packed, _LARGEST_DESCRIPTION))
+    description = json.loads(decompress(packed, _LARGEST_DESCRIPTION))
     own = ("digest", "format", "version", "kind")
-    return Content({key: text for key, text in metadata.items() if key not in own}, description, tensors)
+    kept = {key: text for key, text in metadata.items() if key not in own}
+    return Content(kept, description, tensors, metadata["digest"])
 
 
 def _tensor(data: bytearray, body: int, entry: Mapping[str, Any]) -> Tensor:
@@ -185,6 +189,26 @@ def _tensor(data: bytearray, body: int, entry: Mapping[str, Any]) -> Tensor:
     if (body + start) % dtype.itemsize:  # another writer's order of tensors
         return torch.frombuffer(data[body + start : body + end], dtype=dtype).view(shape)
     return torch.frombuffer(data, dtype=dtype, count=shape.numel(), offset=body + start).view(shape)
+
+
+def peek(path: str | os.PathLike[str], kind: str) -> dict[str, str]:
+    """Return what a file's header says of it, without verifying anything: to list files, not to trust them.
+
+    Raises:
+        FishError: There is no such header, or it is that of another kind of file.
+        OSError: The file cannot be read.
+    """
+    with Path(path).open("rb") as file, refusing(path):
+        start = file.read(_DIGEST_END)
+        if start[8:_DIGEST_AT] != _START:
+            raise FishError(f"{path} is not a fishmask file, or its first bytes are damaged")
+        (length,) = struct.unpack_from("<Q", start)
+        if length > os.fstat(file.fileno()).st_size:
+            raise FishError(f"{path} is damaged: it is shorter than its header")
+        metadata: dict[str, str] = json.loads(start[8:] + file.read(8 + length - _DIGEST_END))["__metadata__"]
+    if metadata.get("kind") != kind:
+        raise FishError(f"{path} holds a {metadata.get('kind')}, not a {kind}")
+    return metadata
 
 
 @contextlib.contextmanager
@@ -229,7 +253,7 @@ def encode_indices(indices: Mapping[str, Tensor], sizes: Mapping[str, int]) -> t
     gaps = np.diff(np.concatenate(places), prepend=-1) - 1
     width = (int(gaps.max(initial=0)).bit_length() + 7) // 8
     digits = gaps.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)
-    planes = [_compress(digits[:, i].tobytes()) if digits[:, i].any() else b"" for i in range(width)]
+    planes = [compress(digits[:, i].tobytes()) if digits[:, i].any() else b"" for i in range(width)]
     return bytes_tensor(b"".join(planes)), [len(plane) for plane in planes]
 
 
@@ -247,7 +271,7 @@ def decode_indices(packed: Tensor, lengths: Sequence[int], k: int, sizes: Mappin
     data, start = packed.numpy().tobytes(), 0
     for i, length in enumerate(lengths):
         if length:
-            digits[:, i] = np.frombuffer(_decompress(data[start : start + length], k), dtype=np.uint8)
+            digits[:, i] = np.frombuffer(decompress(data[start : start + length], k), dtype=np.uint8)
         start += length
     places = np.cumsum(digits.view("<i8").reshape(-1) + 1) - 1
     if k and (places[0] < 0 or places[-1] >= sum(sizes.values()) or bool((np.diff(places) <= 0).any())):
@@ -283,11 +307,52 @@ def unpack_mask(content: Content) -> tuple[dict[str, Tensor], dict[str, Sequence
     return decode_indices(tensors["indices"], described["planes"], described["k"], sizes), shapes
 
 
-def _compress(data: bytes, level: int = _LEVEL) -> bytes:
+def pack_values(values: Mapping[str, Tensor], names: Iterable[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Lay values end to end, those of one dtype in one tensor ``values/DTYPE``.
+
+    Args:
+        values: Values by name, in the order of ``names``.
+        names: All names.
+
+    Returns:
+        The tensors, and for each of the names the dtype of its values (any, where it has none).
+    """
+    dtypes = {name: dtype_name(held) for name, held in values.items()}
+    common = next(iter(dtypes.values()), "F32")
+    tensors = {
+        f"values/{dtype}": torch.cat([values[name] for name in values if dtypes[name] == dtype])
+        for dtype in sorted(set(dtypes.values()))
+    }
+    return tensors, [dtypes.get(name, common) for name in names]
+
+
+def unpack_values(
+    tensors: Mapping[str, Tensor], dtypes: Mapping[str, str], counts: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Undo ``pack_values``.
+
+    Args:
+        tensors: Tensors of a file.
+        dtypes: The dtype by name.
+        counts: The number of values of each name that has some, in order.
+    """
+    used = dict.fromkeys(tensors, 0)
+    values: dict[str, Tensor] = {}
+    for name, count in counts.items():
+        source = f"values/{dtypes[name]}"
+        start = used[source]
+        used[source] += count
+        values[name] = tensors[source][start : used[source]]
+    return values
+
+
+def compress(data: bytes, level: int = _LEVEL) -> bytes:
+    """Return one zstd frame with a checksum."""
     return zstandard.ZstdCompressor(level=level, write_checksum=True).compress(data)
 
 
-def _decompress(data: bytes, largest: int) -> bytes:
+def decompress(data: bytes, largest: int) -> bytes:
+    """Undo ``compress``; ``ValueError`` where the frame is damaged or holds more than ``largest`` bytes."""
     try:
         size = zstandard.frame_content_size(data)
         if not 0 <= size <= largest:  # the frame says what it needs: refuse before allocating

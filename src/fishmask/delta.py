@@ -168,11 +168,8 @@ class Delta:
         # One string: far smaller once compressed than a list of strings.
         description["fingerprints"] = "".join(self.base.short.get(name, "-" * SHORT) for name in self.mask.shapes)
         if coded:
-            dtypes = {name: container.dtype_name(held) for name, held in values.items()}
-            common = next(iter(dtypes.values()), "F32")
-            description["dtypes"] = [dtypes.get(name, common) for name in self.mask.shapes]
-            for dtype in sorted(set(dtypes.values())):
-                tensors[f"values/{dtype}"] = torch.cat([values[n] for n in values if dtypes[n] == dtype])
+            held, description["dtypes"] = container.pack_values(values, self.mask.shapes)
+            tensors |= held
         else:
             tensors = {f"indices/{name}": container.narrow(flat) for name, flat in self.mask.indices.items()}
             tensors |= {f"values/{name}": held for name, held in values.items()}
@@ -360,12 +357,6 @@ def _unpack_values(content: container.Content, mask: Mask) -> dict[str, Tensor]:
     tensors, description = content.tensors, content.description
     if "indices" not in tensors:
         return {name: tensors[f"values/{name}"] for name in mask.indices}
-    dtypes: dict[str, Any] = dict(zip(description["names"], description["dtypes"], strict=True))
-    used = dict.fromkeys(tensors, 0)
-    values: dict[str, Tensor] = {}
-    for name, indices in mask.indices.items():
-        source = f"values/{dtypes[name]}"
-        start = used[source]
-        used[source] += len(indices)
-        values[name] = tensors[source][start : used[source]]
-    return values
+    dtypes = dict(zip(description["names"], description["dtypes"], strict=True))
+    counts = {name: len(indices) for name, indices in mask.indices.items()}
+    return container.unpack_values(tensors, dtypes, counts)

@@ -1,6 +1,7 @@
 """What the base was: the bits of every entry that training has touched, and the buffers."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class Originals:
     def __init__(self, model: nn.Module) -> None:
         self._entries: dict[str, _Original] = {}
         self._sums = {name: (p.dtype, _sum(p)) for name, p in canonical_parameters(model).items()}
-        self._buffers = {name: buffer.detach().clone() for name, buffer in _buffers(model).items()}
+        self._buffers = {name: buffer.detach().clone() for name, buffer in persistent_buffers(model).items()}
 
     @property
     def indices(self) -> dict[str, Tensor]:
@@ -72,7 +73,7 @@ class Originals:
 
     def restore(self, model: nn.Module) -> None:
         """Give ``model`` its base back, in place, bit for bit."""
-        parameters, buffers = canonical_parameters(model), _buffers(model)
+        parameters, buffers = canonical_parameters(model), persistent_buffers(model)
         for name, original in self._entries.items():
             original.write(parameters[name])
         for name in self.changed_buffers(model).keys() & self._buffers.keys():
@@ -87,16 +88,38 @@ class Originals:
                 self._entries[name].write(weight)
             yield name, weight
 
+    @contextmanager
+    def put_back(self, model: nn.Module) -> Iterator[None]:
+        """Have ``model`` hold its base for a while, without a copy of it."""
+        parameters, buffers = canonical_parameters(model), persistent_buffers(model)
+        present = {name: _Original(o.indices, take(parameters[name], o.indices)) for name, o in self._entries.items()}
+        changed = self.changed_buffers(model)
+        try:
+            with torch.no_grad():
+                self.restore(model)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, entries in present.items():
+                    entries.write(parameters[name])
+                for name, buffer in changed.items():
+                    buffers[name].copy_(buffer)
+
+    def bits(self, name: str, indices: Tensor) -> Tensor:
+        """Return the base's bits (CPU) at remembered entries, as integers; ``indices`` are sorted and on the CPU."""
+        known = self._entries[name]
+        return raw_bits(known.bits).cpu()[torch.searchsorted(known.indices, indices)]
+
     def changed_buffers(self, model: nn.Module) -> dict[str, Tensor]:
         """Return copies of the model's buffers whose bits are not the base's, such as BatchNorm's statistics."""
         return {
             name: buffer.detach().clone()
-            for name, buffer in _buffers(model).items()
+            for name, buffer in persistent_buffers(model).items()
             if name not in self._buffers or not torch.equal(_bytes(buffer), _bytes(self._buffers[name]))
         }
 
 
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that belong to the state of ``model``."""
     return {
         f"{path}.{name}" if path else name: buffer

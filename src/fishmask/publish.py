@@ -136,6 +136,9 @@ class Lock:
         self._path = path
         self._handle: int | None = None
 
+    def __del__(self) -> None:
+        self.release()
+
     @property
     def held(self) -> bool:
         """Whether this object holds the lock."""
@@ -155,7 +158,8 @@ class Lock:
         except (BlockingIOError, PermissionError) as error:
             os.close(handle)
             raise FishError(
-                f"{self._path.parent} is being written by another process; wait, or name another folder"
+                f"{self._path.parent} is being written by another process, or by this one and not closed yet; wait, "
+                "close it, or name another folder"
             ) from error
         except OSError:
             pass  # a file system without locks: names are taken only once there too, which `publish` sees to

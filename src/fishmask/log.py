@@ -1,0 +1,665 @@
+"""The checkpoint log: a training's base once, its mask once, then one small immutable file per commit.
+
+A third use of a fixed mask besides small deltas and small exchanges (the paper's "efficient checkpointing"): a
+checkpoint holds the masked entries only. A commit here holds all k values and the optimizer's state over them, so that
+a restore walks no chain within one mask, and once acknowledged it survives the death of the process and a loss of
+power. ``docs/checkpoints.md`` is the guide.
+"""
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+from weakref import ref
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fishmask import container, history, tree
+from fishmask import rng as generators
+from fishmask.attach import Tuning, tuning_of
+from fishmask.container import Content
+from fishmask.errors import FishError
+from fishmask.fingerprint import raw_bits
+from fishmask.history import CommitFile, Entries, Problem, Reference, Segment, Snapshot, by_name, write_entries
+from fishmask.mask import Mask
+from fishmask.moments import check_members, gather
+from fishmask.params import canonical_parameters, take
+from fishmask.publish import Lock, leftovers, make_folder, publish, remove, replace_file
+from fishmask.resume import check_base, check_request, fill, resume
+
+Overlay = dict[str, tuple[Tensor, Tensor]]  # name -> sorted flat indices, bits as integers; on the CPU
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One commit.
+
+    Attributes:
+        number: Its number; numbers grow, and the largest is the newest.
+        step: The training step that the caller named.
+        path: Its file.
+        bytes: The size of the file.
+        time: When it was made (UTC, ISO 8601).
+        mask: Digest of its mask.
+        segment: Number of the segment that holds the mask.
+        seconds: From the call until the bytes were durable; 0 for a commit that was not made by this object.
+    """
+
+    number: int
+    step: int
+    path: Path
+    bytes: int
+    time: str
+    mask: str
+    segment: int
+    seconds: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a restore found.
+
+    Attributes:
+        commit: The commit that the model now holds.
+        step: Its training step.
+        state: What was given as ``state`` to the commit, by name; objects as their ``state_dict()``.
+        skipped: Newer commits that could not be used, with the reason.
+        tuning: The attached model's tuning; None when the model is not attached.
+    """
+
+    commit: Commit
+    step: int
+    state: dict[str, Any]
+    skipped: list[Problem]
+    tuning: Tuning | None
+
+
+@dataclass
+class _Followed:
+    """The training that commits are made of, and where in the log it stands."""
+
+    tuning: "ref[Tuning]"
+    originals: Reference  # the base that the tuning's own memory of its base belongs to
+    segment: Segment
+    last: Reference | None  # the commit before
+    below: Overlay  # entries whose bits below the mask are not the base's
+
+
+class CheckpointLog:
+    """A folder of commits of one training.
+
+    The first commit stores the base and the mask; a change of mask costs one file more. Commits are immutable. One
+    process at a time may write to a log; anyone may read it meanwhile.
+
+    Args:
+        path: The folder; made at the first commit.
+        store_base: Whether to keep the base's weights in the log, which makes it complete. Without them, a log of a
+            well-known pretrained model stays small, and a restore takes a model that holds these weights.
+        keep_last: Keep only this many of the newest commits; by default all.
+        keep_every: Keep besides every commit whose number this divides.
+
+    Raises:
+        ValueError: A number below 1.
+
+    Example:
+        >>> import tempfile, fishmask
+        >>> model = nn.Linear(4, 2)
+        >>> tuning = fishmask.attach(model, Mask.from_indices({"weight": [1, 6]}))
+        >>> optimizer = torch.optim.AdamW(tuning.parameters())
+        >>> log = CheckpointLog(tempfile.mkdtemp())
+        >>> log.commit(tuning, optimizer, step=1).number
+        1
+        >>> log.restore(model, optimizer).step
+        1
+        >>> log.close()
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        store_base: bool = True,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+    ) -> None:
+        for name, number in (("keep_last", keep_last), ("keep_every", keep_every)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        self.path = Path(path)
+        self._store_base, self._keep_last, self._keep_every = store_base, keep_last, keep_every
+        self._lock = Lock(self.path / "lock")
+        self._followed: _Followed | None = None
+        self._executor: ThreadPoolExecutor | None = None
+        self._pending: Future[Commit] | None = None
+
+    def __enter__(self) -> "CheckpointLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"CheckpointLog({str(self.path)!r}, {len(history.numbered(self.path, 'commit'))} commits)"
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    @property
+    def commits(self) -> list[Commit]:
+        """All commits, oldest first, as their headers say; ``verify`` checks every byte.
+
+        Raises:
+            FishError: A header cannot be read.
+        """
+        files = history.numbered(self.path, "commit").values()
+        return [_commit_of(path, container.peek(path, "commit")) for path in files]
+
+    def mask(self, at: int | None = None) -> Mask:
+        """Return the mask of a commit, so that a script that resumes need not choose it again.
+
+        Args:
+            at: Number of the commit; by default the newest.
+
+        Raises:
+            FishError: There is no such commit, or a file is damaged.
+        """
+        return self._newest_intact(at, allow_older=False)[1][-1].mask
+
+    def restore(
+        self,
+        model: nn.Module | Tuning,
+        optimizer: Optimizer | None = None,
+        *,
+        state: Mapping[str, Any] | None = None,
+        at: int | None = None,
+        allow_older: bool = False,
+        rng: bool = True,
+    ) -> Restored:
+        """Bring a model, and what trains it, to the state of a commit.
+
+        Training that goes on from here equals the training that was never interrupted; on the CPU bit for bit. An
+        attached model gets the log's base, the commit's mask, its values and its buffers, and this log then takes
+        commits of it. A model that is not attached gets the weights and buffers of the commit, and nothing else
+        happens. Files are verified and compared with the arguments before anything is changed.
+
+        Args:
+            model: The model or its ``Tuning``.
+            optimizer: The optimizer of the tuning's values; it gets its state and the options of its groups.
+            state: Objects with ``load_state_dict``, by the names that they had in the commit.
+            at: Number of the commit; by default the newest.
+            allow_older: Use an older commit where the newest one is damaged.
+            rng: Whether to set the generators of random numbers too.
+
+        Returns:
+            Which commit it is, what it had besides, and what was skipped.
+
+        Raises:
+            FishError: No such commit, a damaged file, a model of another structure, or without a stored base another
+                base.
+            ValueError: The optimizer or ``state`` does not fit.
+        """
+        tuning = model if isinstance(model, Tuning) else tuning_of(model)
+        plain = model.model if isinstance(model, Tuning) else tuning.model if tuning else model
+        if optimizer is not None:
+            if tuning is None:
+                raise ValueError("an optimizer can only be restored with an attached model: call fishmask.attach first")
+            check_members(dict(tuning.named_parameters()), optimizer)
+        self.wait()
+        found, chain, skipped = self._newest_intact(at, allow_older)
+        path, snapshot = self._path("commit", found.file.number), found.snapshot
+        check_request(snapshot, optimizer, state or {}, path)
+        known = self._following(tuning)
+        if known is not None and known.originals == chain[-1].base and tuning is not None:
+            base = None
+            tuning.originals.check(plain)
+        else:
+            base = history.read_base(self.path, chain[-1].base.number, chain[-1].base.digest)
+            check_base(base, plain, tuning)
+        if tuning is not None:
+            resume(tuning, optimizer, base, chain, snapshot)
+            below: Overlay = {}
+            for segment in chain:
+                _lay_over(below, segment.sealed)
+            self._followed = _Followed(ref(tuning), chain[-1].base, chain[-1], found.file, below)
+            for name, held in (state or {}).items():
+                held.load_state_dict(snapshot.state[name])
+            if rng:
+                generators.reinstate({**chain[-1].rng, **snapshot.rng})
+        elif base is not None:
+            fill(plain, base, chain, snapshot)
+        commit = _commit_of(path, found.metadata)
+        return Restored(commit, commit.step, snapshot.state, skipped, tuning)
+
+    def verify(self) -> list[Problem]:
+        """Read every byte of every file and follow every reference.
+
+        Returns:
+            The files that are damaged, or that need one that is; none when the log is sound.
+        """
+        problems: list[Problem] = []
+        sound: dict[str, dict[int, str]] = {kind: {} for kind in history.KINDS}
+        counts: dict[int, int] = {}
+        for kind in history.KINDS:
+            for number, path in history.numbered(self.path, kind).items():
+                try:
+                    needed: dict[str, Reference | None]
+                    if kind == "base":
+                        file, needed = history.read_base(self.path, number).file, {}
+                    elif kind == "segment":
+                        segment = history.read_segment(self.path, number)
+                        file, needed = segment.file, {"base": segment.base, "segment": segment.parent}
+                        counts[number] = segment.mask.k
+                    else:
+                        commit = history.read_commit(self.path, number)
+                        file, needed = commit.file, {"segment": commit.segment}
+                        if len(commit.snapshot.values) != counts.get(commit.segment.number, -1):
+                            needed = {"segment": Reference(commit.segment.number, "of another size")}
+                    for other, wanted in needed.items():
+                        if wanted is not None and sound[other].get(wanted.number) != wanted.digest:
+                            name = self._path(other, wanted.number).name
+                            raise FishError(f"{path} needs {name}, which is missing, damaged or another file")
+                    sound[kind][number] = file.digest
+                except (FishError, OSError) as error:
+                    problems.append(Problem(path, str(error)))
+        return problems
+
+    def export(self, folder: str | os.PathLike[str], *, at: int | None = None, model: nn.Module | None = None) -> Path:
+        """Write the whole model of a commit as a plain ``model.safetensors`` that needs no fishmask.
+
+        The configuration of a transformers model is written beside it, so that ``from_pretrained`` takes the folder.
+
+        Args:
+            folder: The folder to write; made when missing.
+            at: Number of the commit; by default the newest.
+            model: The base model, for a log that does not store it; it is not changed.
+
+        Returns:
+            The file.
+
+        Raises:
+            FishError: A file is damaged; or the log does not store its base and ``model`` is missing or another one.
+        """
+        found, chain, _ = self._newest_intact(at, allow_older=False)
+        base = history.read_base(self.path, chain[-1].base.number, chain[-1].base.digest)
+        weights = dict(base.weights)
+        if base.fingerprint is not None:
+            if model is None:
+                raise FishError(f"{self.path} does not store its base: pass the base model as model= (--base NAME)")
+            check_base(base, model, None)
+            weights = {n: weights[n] if n in weights else p.detach().cpu() for n, p in model.named_parameters()}
+            changed = {name for change in _changes(chain, found.snapshot) for name in change}
+            weights |= {name: weights[name].clone() for name in changed}  # the caller's model stays as it is
+        write_entries(weights, _changes(chain, found.snapshot))
+        tensors = {**weights, **base.buffers, **found.snapshot.buffers}
+        folder = Path(folder)
+        make_folder(folder)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        replace_file(folder / "model.safetensors", [safetensors_bytes(contiguous, {"format": "pt"})])
+        if base.config is not None:
+            replace_file(folder / "config.json", [base.config.encode()])
+        return folder / "model.safetensors"
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def commit(
+        self,
+        tuning: Tuning,
+        optimizer: Optimizer | None = None,
+        *,
+        step: int = 0,
+        state: Mapping[str, Any] | None = None,
+    ) -> Commit:
+        """Keep the present state of a training; on return it is durable.
+
+        Commit between steps: a gradient that has not been used yet is not kept. The states of the generators of
+        random numbers (Python, numpy, PyTorch and its CUDA devices) always are.
+
+        Args:
+            tuning: The attached model's tuning.
+            optimizer: The optimizer of its values.
+            step: The number of the training step.
+            state: What else a resuming training needs, by name: objects with ``state_dict()`` (a scheduler, a
+                ``GradScaler``, a data loader) or plain values (see ``fishmask.tree.pack``), such as the position in
+                the data.
+
+        Returns:
+            The commit.
+
+        Raises:
+            FishError: Another process writes to this log; the log holds another training, or this one and has not been
+                restored; the base was changed.
+            ValueError: The optimizer trains something else.
+            TypeError: Something in ``state`` cannot be kept.
+            OSError: The files cannot be written, for instance because the disk is full. All earlier commits are as
+                they were, and the next call may try again.
+        """
+        begin = perf_counter()
+        return self._finish(*self._prepare(tuning, optimizer, step, state), begin)
+
+    def commit_async(
+        self,
+        tuning: Tuning,
+        optimizer: Optimizer | None = None,
+        *,
+        step: int = 0,
+        state: Mapping[str, Any] | None = None,
+    ) -> "Future[Commit]":
+        """Copy the present state of a training and write it while the training goes on.
+
+        At most one such commit is under way: the next call of any method that writes or restores waits for it, and
+        raises its error. A first commit and one after a change of mask write their large part before returning.
+
+        Args:
+            tuning: As for ``commit``, and so are the other arguments and the errors.
+            optimizer: The same.
+            step: The same.
+            state: The same.
+
+        Returns:
+            The commit to come; ``result()`` waits until it is durable.
+        """
+        begin = perf_counter()
+        prepared = self._prepare(tuning, optimizer, step, state)
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fishmask-commit")
+        self._pending = self._executor.submit(self._finish, *prepared, begin)
+        return self._pending
+
+    def wait(self) -> None:
+        """Wait for the commit that is under way, if any, and raise its error."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for the commit that is under way and let other processes write; the object can be used again."""
+        try:
+            self.wait()
+        finally:
+            if self._executor is not None:
+                self._executor.shutdown()
+                self._executor = None
+            self._lock.release()
+
+    def reinstate(self, at: int) -> Commit:
+        """Make a copy of an earlier commit the newest one, so that training resumes from there; nothing is lost.
+
+        Raises:
+            FishError: There is no such commit, a file is damaged, or another process writes to this log.
+        """
+        begin = perf_counter()
+        self.wait()
+        self._claim()
+        found, _, _ = self._newest_intact(at, allow_older=False)
+        self._followed = None  # the training that it followed has not gone back
+        return self._copy(found, found.segment, begin)
+
+    def compact(self) -> Commit:
+        """Fold the newest commit and all that it builds on into a new base, and delete everything else.
+
+        The old files are deleted once the new ones have been read back and hold the same model, bit for bit. The
+        original base is given up, and with it the way back to it.
+
+        Returns:
+            The only commit that is left.
+
+        Raises:
+            FishError: The log does not store its base, a file is damaged, or another process writes to this log.
+        """
+        begin = perf_counter()
+        self.wait()
+        self._claim()
+        found, chain, _ = self._newest_intact(None, allow_older=False)
+        old = history.read_base(self.path, chain[-1].base.number, chain[-1].base.digest)
+        if old.fingerprint is not None:
+            raise FishError(f"{self.path} does not store its base, so there is nothing to fold the commits into")
+        files = [path for kind in reversed(history.KINDS) for path in history.numbered(self.path, kind).values()]
+        write_entries(old.weights, _changes(chain, found.snapshot))
+        number = self._free("base")
+        # Buffers stay the old base's: commits hold those that differ from it.
+        base = self._publish("base", number, history.folded_content(number, old))
+        segment = self._publish_segment(replace(chain[-1], base=base, parent=None, sealed={}))
+        commit = self._copy(found, segment.file, begin)
+        again, chain_again = history.read_all(self.path, commit.number)
+        new = history.read_base(self.path, base.number, base.digest)
+        write_entries(new.weights, _changes(chain_again, again.snapshot))
+        if not (history.same_bits(old.weights, new.weights) and history.same_bits(old.buffers, new.buffers)):
+            raise FishError(f"{self.path}: what was written does not read back as it was; the old files are kept")
+        for path in files:  # commits first: whenever this stops, the commits that are left have all they need
+            remove(path)
+        followed, self._followed = self._followed, None
+        if followed is not None and followed.last == found.file and (tuning := followed.tuning()) is not None:
+            touched = tuning.originals.indices
+            bits = {name: (index, take(raw_bits(old.weights[name]), index)) for name, index in touched.items()}
+            self._followed = replace(followed, segment=segment, last=again.file, below=bits)
+        return commit
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _path(self, kind: str, number: int) -> Path:
+        return history.path_of(self.path, kind, number)
+
+    def _free(self, kind: str) -> int:
+        return max(history.numbered(self.path, kind), default=0) + 1
+
+    def _newest_intact(self, at: int | None, allow_older: bool) -> tuple[CommitFile, list[Segment], list[Problem]]:
+        """Read the commit that is asked for, with its segments, and tell which newer ones had to be skipped."""
+        numbers = list(history.numbered(self.path, "commit"))
+        if not numbers:
+            raise FishError(
+                f"{self.path} holds no commits" + ("" if self.path.is_dir() else ": there is no such folder")
+            )
+        if at is not None and at not in numbers:
+            raise FishError(f"{self.path} holds no commit {at}; it holds {_listed(numbers)}")
+        skipped: list[Problem] = []
+        for number in [at] if at is not None else reversed(numbers):
+            try:
+                return *history.read_all(self.path, number), skipped
+            except (FishError, OSError) as error:
+                older = [n for n in numbers if n < number]
+                if at is not None or not older:
+                    raise
+                if not allow_older:
+                    raise FishError(
+                        f"{error}; an older commit can be used instead: at={older[-1]} takes the one before, "
+                        "allow_older=True the newest that is intact"
+                    ) from error
+                skipped.append(Problem(self._path("commit", number), str(error)))
+        raise AssertionError("the loop returns or raises")
+
+    def _following(self, tuning: Tuning | None) -> _Followed | None:
+        """Return where in the log a tuning stands; None when the log does not follow this one."""
+        known = self._followed
+        return known if known is not None and tuning is not None and known.tuning() is tuning else None
+
+    def _claim(self) -> None:
+        """Take the lock, and clear away what a crash may have left."""
+        if self._lock.held:
+            return
+        make_folder(self.path)
+        self._lock.acquire()
+        for path in leftovers(self.path):
+            remove(path)
+        self._remove_unused()
+
+    def _remove_unused(self) -> None:
+        """Remove segments and bases that no commit builds on: of a commit that never came, of a halted ``compact``."""
+        bases, segments = history.numbered(self.path, "base"), history.numbered(self.path, "segment")
+        try:
+            parents = {number: container.peek(path, "segment") for number, path in segments.items()}
+            commits = [container.peek(path, "commit") for path in history.numbered(self.path, "commit").values()]
+        except (FishError, OSError):
+            return  # what cannot be read may need anything
+        used: set[int] = set()
+        for metadata in commits:
+            number: int | None = int(metadata["segment"])
+            while number is not None and number not in used and number in parents:
+                used.add(number)
+                number = int(parents[number]["segment"]) if "segment" in parents[number] else None
+        held = {int(parents[n]["base"]) for n in used}
+        for path in (
+            *(p for n, p in segments.items() if n not in used),
+            *(p for n, p in bases.items() if n not in held),
+        ):
+            remove(path)
+
+    def _prepare(
+        self, tuning: Tuning, optimizer: Optimizer | None, step: int, state: Mapping[str, Any] | None
+    ) -> tuple[int, Content]:
+        """Copy the state of a training, and write the base and the segment where they are new."""
+        self.wait()
+        if not isinstance(tuning, Tuning):
+            raise TypeError(f"commit takes the Tuning that fishmask.attach returned, got {type(tuning).__name__}")
+        if not tuning.attached:
+            raise FishError("this Tuning is no longer attached to its model, so there is nothing to commit")
+        known = self._following(tuning)
+        if known is None and history.numbered(self.path, "commit"):
+            raise FishError(
+                f"{self.path} holds commits already: restore one first to go on from there, or name another folder"
+            )
+        held = {
+            name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in (state or {}).items()
+        }
+        tree.pack(held)  # refuses what cannot be kept before anything is written
+        moments = None if optimizer is None else gather(dict(tuning.named_parameters()), optimizer)
+        now = generators.capture()
+        self._claim()
+        if known is None or known.segment.mask != tuning.mask:
+            known = self._begin_segment(tuning, known, now)
+        changed = {name: s for name, s in now.items() if tree.pack(s) != tree.pack(known.segment.rng.get(name))}
+        buffers = tuning.originals.changed_buffers(tuning.model)
+        number = self._free("commit")
+        metadata = {
+            "number": str(number),
+            "step": str(step),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "mask": tuning.mask.digest,
+            **known.segment.file.written("segment"),
+            **(known.last.written("parent") if known.last else {}),
+        }
+        return number, history.commit_content(metadata, Snapshot(tuning.values, moments, buffers, changed, held))
+
+    def _begin_segment(self, tuning: Tuning, known: _Followed | None, now: dict[str, Any]) -> _Followed:
+        """Write the base when it is new, then the segment of the tuning's mask, and follow the tuning."""
+        tuning.originals.check(tuning.model)
+        sealed = _left(tuning, known.below if known else {})
+        if known is not None:
+            base, parent, last = known.segment.base, known.segment.file, known.last
+        else:
+            number = self._free("base")
+            with tuning.originals.put_back(tuning.model):
+                content = history.base_content(number, tuning.model, tuning.mask, self._store_base)
+                base, parent, last = self._publish("base", number, content), None, None
+        try:
+            segment = self._publish_segment(Segment(Reference(0, ""), base, parent, tuning.mask, sealed, now))
+        except BaseException:
+            if known is None:
+                remove(self._path("base", base.number))
+            raise
+        below = dict(known.below) if known else {}
+        _lay_over(below, sealed)
+        self._followed = _Followed(ref(tuning), known.originals if known else base, segment, last, below)
+        return self._followed
+
+    def _publish_segment(self, segment: Segment) -> Segment:
+        number = self._free("segment")
+        segment = replace(segment, file=Reference(number, ""))
+        return replace(segment, file=self._publish("segment", number, history.segment_content(segment)))
+
+    def _publish(self, kind: str, number: int, content: Content) -> Reference:
+        digest, parts = container.serialise(kind, content)
+        path = self._path(kind, number)
+        try:
+            publish(path, parts)
+        except FileExistsError as error:
+            raise FishError(f"{path} appeared meanwhile: another process writes to this log") from error
+        return Reference(number, digest)
+
+    def _finish(self, number: int, content: Content, begin: float) -> Commit:
+        """Write a prepared commit and delete those that are not to be kept; a thread does it for ``commit_async``."""
+        file = self._publish("commit", number, content)
+        if self._followed is not None:
+            self._followed.last = file
+        self._prune()
+        return _commit_of(self._path("commit", number), content.metadata, perf_counter() - begin)
+
+    def _prune(self) -> None:
+        if self._keep_last is None and self._keep_every is None:
+            return
+        files = history.numbered(self.path, "commit")
+        for number in list(files)[: -(self._keep_last or 1)]:
+            if self._keep_every is None or number % self._keep_every:
+                remove(files[number])
+
+    def _copy(self, found: CommitFile, segment: Reference, begin: float) -> Commit:
+        """Write a copy of a commit as the newest one."""
+        number = self._free("commit")
+        metadata = {
+            **found.metadata,
+            "number": str(number),
+            **segment.written("segment"),
+            **found.file.written("parent"),
+        }
+        self._publish("commit", number, history.commit_content(metadata, found.snapshot))
+        return _commit_of(self._path("commit", number), metadata, perf_counter() - begin)
+
+
+def _commit_of(path: Path, metadata: Mapping[str, str], seconds: float = 0.0) -> Commit:
+    with container.refusing(path):
+        return Commit(
+            int(metadata["number"]),
+            int(metadata["step"]),
+            path,
+            path.stat().st_size,
+            metadata["time"],
+            metadata["mask"],
+            int(metadata["segment"]),
+            seconds,
+        )
+
+
+def _changes(chain: list[Segment], snapshot: Snapshot) -> list[Entries]:
+    """Return what to write onto the base, in order."""
+    return [*(segment.sealed for segment in chain), by_name(chain[-1].mask, snapshot.values)]
+
+
+def _left(tuning: Tuning, below: Overlay) -> Entries:
+    """Return the entries that were trained once, are not masked now, and differ from what is below the mask."""
+    parameters = canonical_parameters(tuning.model)
+    left: Entries = {}
+    for name, indices in tuning.originals.indices.items():
+        masked = tuning.mask.indices.get(name, indices[:0])
+        indices = indices[~torch.isin(indices, masked)]
+        values = take(parameters[name], indices).cpu()
+        bits = tuning.originals.bits(name, indices)
+        if name in below:
+            places, known = below[name]
+            found = torch.searchsorted(places, indices).clamp_(max=len(places) - 1)
+            bits = torch.where(places[found] == indices, known[found], bits)
+        changed = raw_bits(values) != bits
+        if changed.any():
+            left[name] = (indices[changed], values[changed])
+    return left
+
+
+def _lay_over(below: Overlay, sealed: Entries) -> None:
+    """Have what a segment sealed replace or join what was sealed before."""
+    for name, (indices, values) in sealed.items():
+        bits = raw_bits(values)
+        if name in below:
+            places, known = below[name]
+            kept = ~torch.isin(places, indices)
+            indices, order = torch.cat([places[kept], indices]).sort()
+            bits = torch.cat([known[kept], bits])[order]
+        below[name] = (indices, bits)
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers if len(numbers) <= 6 else numbers[:5]))
+    return shown if len(numbers) <= 6 else f"{shown}, ... {numbers[-1]}"

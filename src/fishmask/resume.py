@@ -1,0 +1,107 @@
+"""Put what a checkpoint log holds into a model, and into what trains it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fishmask.attach import Tuning
+from fishmask.errors import FishError
+from fishmask.history import Base, Segment, Snapshot, by_name, write_entries
+from fishmask.moments import check_groups, give_back
+from fishmask.originals import Originals, persistent_buffers
+
+
+def check_request(snapshot: Snapshot, optimizer: Optimizer | None, state: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError unless a commit has what an optimizer and the objects in ``state`` need."""
+    if optimizer is not None:
+        if snapshot.moments is None:
+            raise ValueError(f"{path} holds no optimizer state: none was passed to that commit; restore without one")
+        check_groups(optimizer, snapshot.moments)
+    if unable := [name for name, held in state.items() if not hasattr(held, "load_state_dict")]:
+        raise ValueError(
+            f"state= of a restore takes objects with load_state_dict; {', '.join(unable)} has none: read plain values "
+            "from the state of what restore returns"
+        )
+    if missing := [name for name in state if name not in snapshot.state]:
+        known = ", ".join(snapshot.state) or "nothing"
+        raise ValueError(f"{path} holds no state of {', '.join(missing)}; it holds: {known}")
+
+
+def check_base(base: Base, model: nn.Module, tuning: Tuning | None) -> None:
+    """Raise FishError unless ``model`` has the structure of a log's base and the weights that are not stored there."""
+    problems = base.misfits(model)
+    if not problems:
+        if tuning is None:
+            problems = [f"other weights: {name}" for name in base.other_weights(model)]
+        elif base.fingerprint is not None:
+            tuning.originals.check(model)
+            with tuning.originals.put_back(model):
+                problems = [f"other weights: {name}" for name in base.other_weights(model)]
+    if problems:
+        listed = ";\n  ".join(problems)
+        raise FishError(f"the model is not the one of this log:\n  {listed}")
+
+
+def fill(model: nn.Module, base: Base, chain: Sequence[Segment], snapshot: Snapshot) -> None:
+    """Write the weights and buffers of a moment into a model that is not attached, in place."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    _write_base(model, base)
+    write_entries(parameters, (*(segment.sealed for segment in chain), by_name(chain[-1].mask, snapshot.values)))
+    _write_buffers(model, snapshot.buffers)
+
+
+def resume(
+    tuning: Tuning, optimizer: Optimizer | None, base: Base | None, chain: Sequence[Segment], snapshot: Snapshot
+) -> None:
+    """Bring an attached model and its optimizer to the state of a moment.
+
+    Args:
+        tuning: The attached model's tuning.
+        optimizer: Its optimizer.
+        base: The base, when it is not the one that the tuning remembers.
+        chain: The segments, oldest first.
+        snapshot: What the commit holds.
+    """
+    model = tuning.model
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    for p in tuning.parameters():
+        p.grad = None  # of the training that is given up
+    with torch.no_grad():
+        tuning.originals.restore(model)
+    if base is not None:
+        _write_base(model, base)
+        tuning.originals = Originals(model)
+    for segment in chain:  # before anything is sealed: these are the base's bits
+        for name, indices in segment.mask.indices.items():
+            tuning.originals.remember(name, parameters[name], indices)
+    write_entries(parameters, [segment.sealed for segment in chain])
+    tuning.read_back()  # so that a change of mask writes nothing back
+    if tuning.mask != chain[-1].mask:
+        tuning.set_mask(chain[-1].mask, optimizer)
+    with torch.no_grad():
+        saved = by_name(chain[-1].mask, snapshot.values)
+        for name, values in tuning.named_parameters():
+            values.copy_(saved[name][1])
+    tuning.write_back()
+    _write_buffers(model, snapshot.buffers)
+    if optimizer is not None and snapshot.moments is not None:
+        give_back(dict(tuning.named_parameters()), optimizer, snapshot.moments)
+
+
+@torch.no_grad()
+def _write_base(model: nn.Module, base: Base) -> None:
+    parameters = dict(model.named_parameters())
+    for name, weight in base.weights.items():
+        parameters[name].copy_(weight)
+    _write_buffers(model, base.buffers)
+
+
+@torch.no_grad()
+def _write_buffers(model: nn.Module, held: Mapping[str, Tensor]) -> None:
+    buffers = persistent_buffers(model)
+    for name, buffer in held.items():
+        buffers[name].copy_(buffer)
