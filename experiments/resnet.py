@@ -87,7 +87,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in, H, W]`` to ``[B, out, H/stride, W/stride]``."""
         out = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+        result: Tensor = self.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+        return result
 
 
 class Residual(nn.Module):
@@ -99,7 +100,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
-        return x + self.layers(x)
+        result: Tensor = x + self.layers(x)
+        return result
 
 
 class Scale(nn.Module):
