@@ -139,29 +139,27 @@ def read(path: str | os.PathLike[str], kind: str) -> Content:
         raise FishError(f"{path} is not a fishmask file, or its first bytes are damaged")
     sha = hashlib.sha256(data[:_DIGEST_AT])
     sha.update(b"0" * 64)
-    sha.update(memoryview(data)[_DIGEST_END:])
+    sha.update(data[_DIGEST_END:])
     if data[_DIGEST_AT:_DIGEST_END] != sha.hexdigest().encode():
         raise FishError(f"{path} is damaged: its content does not match its digest; get the file again")
     with refusing(path):
         return _parse(path, data, kind)
 
 
-def _bytes_of(path: str | os.PathLike[str]) -> bytearray:
+def _bytes_of(path: str | os.PathLike[str]) -> memoryview:
     """Read a file into memory that tensors can share: a base is as large as its model."""
     with Path(path).open("rb") as file:
-        data = bytearray(os.fstat(file.fileno()).st_size)
-        view, size = memoryview(data), 0
-        while read := file.readinto(view[size:]):
+        data, size = np.empty(os.fstat(file.fileno()).st_size, dtype=np.uint8).data, 0
+        while read := file.readinto(data[size:]):
             size += read
-    del view
-    return data[:size] if size < len(data) else data
+    return data[:size]
 
 
-def _parse(path: str | os.PathLike[str], data: bytearray, kind: str) -> Content:
+def _parse(path: str | os.PathLike[str], data: memoryview, kind: str) -> Content:
     (length,) = struct.unpack_from("<Q", data)
     if length > len(data) - 8:
         raise ValueError(f"a header of {length} bytes in a file of {len(data)}")
-    head = json.loads(data[8 : 8 + length])
+    head = json.loads(bytes(data[8 : 8 + length]))
     metadata = head.pop("__metadata__")
     if metadata["format"] != "fishmask":
         raise ValueError(f"format {metadata['format']!r}")
@@ -180,14 +178,14 @@ def _parse(path: str | os.PathLike[str], data: bytearray, kind: str) -> Content:
     return Content(kept, description, tensors, metadata["digest"])
 
 
-def _tensor(data: bytearray, body: int, entry: Mapping[str, Any]) -> Tensor:
+def _tensor(data: memoryview, body: int, entry: Mapping[str, Any]) -> Tensor:
     dtype, shape, (start, end) = _DTYPES[entry["dtype"]], torch.Size(entry["shape"]), entry["data_offsets"]
     if not 0 <= start <= end <= len(data) - body or shape.numel() * dtype.itemsize != end - start:
         raise ValueError(f"a tensor of shape {list(shape)} between bytes {start} and {end} of {len(data) - body}")
     if start == end:  # frombuffer takes no empty buffer
         return torch.empty(shape, dtype=dtype)
     if (body + start) % dtype.itemsize:  # another writer's order of tensors
-        return torch.frombuffer(data[body + start : body + end], dtype=dtype).view(shape)
+        return torch.frombuffer(bytearray(data[body + start : body + end]), dtype=dtype).view(shape)
     return torch.frombuffer(data, dtype=dtype, count=shape.numel(), offset=body + start).view(shape)
 
 

@@ -66,13 +66,24 @@ def gather(values: Named, optimizer: Optimizer) -> Moments:
     other = {i: {key: item for key, item in state.items() if key not in taken} for i, state in states.items()}
     groups = [
         {
-            "members": [places[id(p)] for p in group["params"]],
+            "members": _runs([places[id(p)] for p in group["params"]]),
             "options": {key: option for key, option in group.items() if key not in ("params", "param_names")},
         }
         for group in optimizer.param_groups
     ]
     rest = {"groups": groups, "scalars": scalars, "other": {i: state for i, state in other.items() if state}}
     return Moments(vectors, rest)
+
+
+def _runs(places: list[int]) -> list[list[int]]:
+    """Write ascending numbers as [first, count]: mostly one run, where a list would not compress."""
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and place == sum(runs[-1]):
+            runs[-1][1] += 1
+        else:
+            runs.append([place, 1])
+    return runs
 
 
 def _shared_keys(states: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -113,7 +124,7 @@ def give_back(values: Named, optimizer: Optimizer, moments: Moments) -> None:
             state[key] = item.clone()
     packed: dict[str, Any] = {"state": {}, "param_groups": []}
     for group, saved in zip(optimizer.param_groups, moments.rest["groups"], strict=True):
-        members = saved["members"]
+        members = [place for first, count in saved["members"] for place in range(first, first + count)]
         group["params"] = [parameters[i] for i in members]
         if "param_names" in group:
             group["param_names"] = [names[i] for i in members]
