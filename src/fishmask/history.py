@@ -5,6 +5,7 @@ another history. A commit holds all k values: the state of the model is the base
 masks before it, oldest first, then the values of the commit.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -193,12 +194,15 @@ def base_content(number: int, model: nn.Module, mask: Mask, store: bool) -> Cont
     held = {name: p for name, p in parameters.items() if store or takes_whole(mask, name, p.numel())}
     known = Fingerprint.of({name: tensor_hash(p) for name, p in parameters.items() if name not in held})
     config = getattr(model, "config", None)
+    text = None
+    if config is not None and hasattr(config, "to_json_string"):
+        text = json.dumps({**json.loads(config.to_json_string()), "architectures": [type(model).__name__]}, indent=2)
     description = {
         "names": list(parameters),
         "kinds": [describe(p) for p in parameters.values()],
         "aliases": {name: canonical for name, canonical in aliases(model).items() if name != canonical},
         "fingerprints": "".join(known.short.values()),
-        "config": config.to_json_string() if config is not None and hasattr(config, "to_json_string") else None,
+        "config": text,
     }
     metadata = {"number": str(number), "fingerprint": known.digest if known.short else ""}
     if name := getattr(config, "_name_or_path", None):

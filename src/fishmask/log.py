@@ -146,7 +146,7 @@ class CheckpointLog:
         self.close()
 
     def __repr__(self) -> str:
-        return f"CheckpointLog({str(self.path)!r}, {len(history.numbered(self.path, 'commit'))} commits)"
+        return f"CheckpointLog({str(self.path)!r}, {len(self.numbers)} commits)"
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -160,6 +160,23 @@ class CheckpointLog:
         files = history.numbered(self.path, "commit").values()
         return [_commit_of(path, container.peek(path, "commit")) for path in files]
 
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of all commits, ascending; no file is opened."""
+        return list(history.numbered(self.path, "commit"))
+
+    def read(self, at: int | None = None) -> tuple[Commit, list[Segment], Snapshot]:
+        """Return a commit, the segments that it builds on (oldest first), and what it holds.
+
+        Args:
+            at: Number of the commit; by default the newest.
+
+        Raises:
+            FishError: There is no such commit, or a file is damaged.
+        """
+        found, chain, _ = self._newest_intact(at, allow_older=False)
+        return _commit_of(self._path("commit", found.file.number), found.metadata), chain, found.snapshot
+
     def mask(self, at: int | None = None) -> Mask:
         """Return the mask of a commit, so that a script that resumes need not choose it again.
 
@@ -169,7 +186,7 @@ class CheckpointLog:
         Raises:
             FishError: There is no such commit, or a file is damaged.
         """
-        return self._newest_intact(at, allow_older=False)[1][-1].mask
+        return self.read(at)[1][-1].mask
 
     def restore(
         self,
@@ -450,7 +467,7 @@ class CheckpointLog:
 
     def _newest_intact(self, at: int | None, allow_older: bool) -> tuple[CommitFile, list[Segment], list[Problem]]:
         """Read the commit that is asked for, with its segments, and tell which newer ones had to be skipped."""
-        numbers = list(history.numbered(self.path, "commit"))
+        numbers = self.numbers
         if not numbers:
             raise FishError(
                 f"{self.path} holds no commits" + ("" if self.path.is_dir() else ": there is no such folder")
@@ -519,7 +536,7 @@ class CheckpointLog:
         if not tuning.attached:
             raise FishError("this Tuning is no longer attached to its model, so there is nothing to commit")
         known = self._following(tuning)
-        if known is None and history.numbered(self.path, "commit"):
+        if known is None and self.numbers:
             raise FishError(
                 f"{self.path} holds commits already: restore one first to go on from there, or name another folder"
             )
