@@ -103,8 +103,10 @@ def _write_temporary(path: Path, parts: Parts) -> Path:
             os.fsync(handle)
         finally:
             os.close(handle)
-    except BaseException:
+    except BaseException as error:
         _discard(temporary)
+        if isinstance(error, OSError) and error.filename is None:  # "No space left on device" does not say where
+            error.filename = str(path)
         raise
     return temporary
 
