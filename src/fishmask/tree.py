@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _PLAIN = (type(None), bool, int, str)
+_LONG = 10_000  # bits; Python refuses to write or read decimal numbers of more than 4,300 digits
 
 
 def pack(value: Any, where: str = "state") -> tuple[Any, bytes]:
@@ -50,13 +51,18 @@ def unpack(packed: Any, data: bytes) -> Any:
         start += count
         return bytearray(data[start - count : start])
 
-    value = _unpacked(packed, take)
+    try:
+        value = _unpacked(packed, take)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, struct.error) as error:
+        raise ValueError(f"not what pack makes: {error}") from error
     if start != len(data):
         raise ValueError(f"{len(data) - start} bytes belong to nothing")
     return value
 
 
 def _packed(value: Any, where: str, parts: list[bytes]) -> Any:
+    if type(value) is int and value.bit_length() > _LONG:
+        return {"!int": hex(value)}
     if type(value) in _PLAIN:
         return value
     if type(value) is float:  # JSON has no NaN and no infinity
@@ -76,7 +82,8 @@ def _packed(value: Any, where: str, parts: list[bytes]) -> Any:
     if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
         parts.append(_bytes_of(value))
         return {"!tensor": [str(value.dtype).removeprefix("torch."), list(value.shape)]}
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
+    numbers = isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc"
+    if numbers and not isinstance(value, np.ma.MaskedArray):
         kind = "!array" if isinstance(value, np.ndarray) else "!scalar"
         parts.append(value.tobytes())
         return {kind: [value.dtype.str, list(value.shape)]}
@@ -94,7 +101,8 @@ def _pairs(value: dict[Any, Any], where: str, parts: list[bytes]) -> list[list[A
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    # A copy, because one element of a strided tensor passes for contiguous, but not for bytes.
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
@@ -108,6 +116,8 @@ def _unpacked(packed: Any, take: Callable[[int], bytearray]) -> Any:
         return {key: _unpacked(item, take) for key, item in packed.items()}
     (content,) = packed.values()
     match tag:
+        case "!int":
+            return int(content, 16)
         case "!float":
             return struct.unpack("<d", bytes.fromhex(content))[0]
         case "!dict" | "!counter":
