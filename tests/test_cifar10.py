@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from experiments import cifar10, from_scratch
 from experiments.cifar10 import PLANS, run_plan, table
-from experiments.from_scratch import Config, Images, run, settle_statistics
+from experiments.from_scratch import Config, Images, _rng, accuracy, run, settle_statistics
 from experiments.images import TrainingImages, normalised, read_images
 from experiments.masked_sgd import MOMENTUM, WEIGHT_DECAY, Whole, decay_multiplier
 from experiments.resnet import resnet9, resnet34
@@ -284,6 +285,32 @@ def test_training_whose_loss_is_not_finite_ends_and_says_so(images, tmp_path):
     record = run(replace(TINY, method="dense", density=1.0, lr=1e30), images, tmp_path)
     assert record["diverged"] and record["loss"][-1] is None and len(record["loss"]) < TINY.epochs
     json.dumps(record, allow_nan=False)
+
+
+def test_accuracy_counts_right_answers_in_eval_mode(images):
+    class Brightness(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return F.one_hot((self.norm(x).mean((1, 2, 3)) > 0).long(), 10).float()
+
+    model = Brightness()
+    pixels = torch.full((1203, 32, 32, 3), 10, dtype=torch.uint8)
+    pixels[:400] = 240
+    labels = torch.zeros(1203, dtype=torch.int64)
+    labels[:401] = 1
+    assert accuracy(TINY, model, (pixels, labels)) == 1202 / 1203
+    assert torch.equal(model.norm.running_mean, torch.zeros(3))
+
+
+def test_every_purpose_of_every_epoch_has_its_own_random_numbers():
+    drawn = {
+        _rng(replace(TINY, seed=seed), epoch, purpose).random()
+        for seed in range(3) for epoch in range(3) for purpose in range(3)
+    }  # fmt: skip
+    assert len(drawn) == 27
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_zero():
