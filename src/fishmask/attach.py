@@ -77,6 +77,7 @@ class Tuning:
         model: The attached model.
         mask: The current mask, with the shapes of the model.
         originals: What the base was, at the entries that were ever masked.
+        loads: How many times ``load_state_dict`` has reached a module with masked entries.
     """
 
     def __init__(self, model: nn.Module, mask: Mask) -> None:
@@ -89,6 +90,7 @@ class Tuning:
             )
         self.model = model
         self.mask = mask
+        self.loads = 0
         self._attached = True
         self._entries: dict[str, Entry] = {}
         self._required_grad = {name: p.requires_grad for name, p in parameters.items()}
@@ -251,7 +253,7 @@ class Tuning:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out hooks and the flat vector; ``__setstate__`` makes them again."""
-        kept = ("model", "mask", "_attached", "_required_grad", "originals", "_entries")
+        kept = ("model", "mask", "loads", "_attached", "_required_grad", "originals", "_entries")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -384,6 +386,7 @@ class Tuning:
             site.paused = paused
 
     def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
+        self.loads += 1
         self.read_back()
 
 

@@ -90,6 +90,17 @@ class _Followed:
     segment: Segment
     last: Reference | None  # the commit before
     below: Overlay  # entries whose bits below the mask are not the base's
+    loads: int = 0  # of a state dict into the model, when its base was last checked
+
+    def base_unchanged(self) -> bool:
+        """Whether the model still has the base that its tuning remembers."""
+        tuning = self.tuning()
+        try:
+            if tuning is not None:
+                tuning.originals.check(tuning.model)
+        except FishError:
+            return False
+        return tuning is not None
 
 
 class CheckpointLog:
@@ -138,6 +149,7 @@ class CheckpointLog:
         self._followed: _Followed | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._pending: Future[Commit] | None = None
+        self._last: dict[str, int] = {}  # the largest number of each kind, while this log alone may write
 
     def __enter__(self) -> "CheckpointLog":
         return self
@@ -231,11 +243,8 @@ class CheckpointLog:
         found, chain, skipped = self._newest_intact(at, allow_older)
         path, snapshot = self._path("commit", found.file.number), found.snapshot
         check_request(snapshot, optimizer, state or {}, path)
-        known = self._following(tuning)
-        if known is not None and known.originals == chain[-1].base and tuning is not None:
-            base = None
-            tuning.originals.check(plain)
-        else:
+        known, base = self._following(tuning), None
+        if known is None or known.originals != chain[-1].base or not known.base_unchanged():
             base = history.read_base(self.path, chain[-1].base.number, chain[-1].base.digest)
             check_base(base, plain, tuning)
         if tuning is not None:
@@ -243,7 +252,7 @@ class CheckpointLog:
             below: Overlay = {}
             for segment in chain:
                 _lay_over(below, segment.sealed)
-            self._followed = _Followed(ref(tuning), chain[-1].base, chain[-1], found.file, below)
+            self._followed = _Followed(ref(tuning), chain[-1].base, chain[-1], found.file, below, tuning.loads)
             for name, held in (state or {}).items():
                 held.load_state_dict(snapshot.state[name])
             if rng:
@@ -403,6 +412,7 @@ class CheckpointLog:
                 self._executor.shutdown()
                 self._executor = None
             self._lock.release()
+            self._last.clear()
 
     def reinstate(self, at: int) -> Commit:
         """Make a copy of an earlier commit the newest one, so that training resumes from there; nothing is lost.
@@ -463,7 +473,10 @@ class CheckpointLog:
         return history.path_of(self.path, kind, number)
 
     def _free(self, kind: str) -> int:
-        return max(history.numbered(self.path, kind), default=0) + 1
+        """Return the next number of a kind; the folder is read once, as it may hold very many commits."""
+        if kind not in self._last:
+            self._last[kind] = max(history.numbered(self.path, kind), default=0)
+        return self._last[kind] + 1
 
     def _newest_intact(self, at: int | None, allow_older: bool) -> tuple[CommitFile, list[Segment], list[Problem]]:
         """Read the commit that is asked for, with its segments, and tell which newer ones had to be skipped."""
@@ -549,6 +562,9 @@ class CheckpointLog:
         self._claim()
         if known is None or known.segment.mask != tuning.mask:
             known = self._begin_segment(tuning, known, now)
+        elif known.loads != tuning.loads:  # weights may have come along that are not the base's
+            tuning.originals.check(tuning.model)
+            known.loads = tuning.loads
         changed = {name: s for name, s in now.items() if tree.pack(s) != tree.pack(known.segment.rng.get(name))}
         buffers = tuning.originals.changed_buffers(tuning.model)
         number = self._free("commit")
@@ -581,7 +597,8 @@ class CheckpointLog:
             raise
         below = dict(known.below) if known else {}
         _lay_over(below, sealed)
-        self._followed = _Followed(ref(tuning), known.originals if known else base, segment, last, below)
+        originals = known.originals if known else base
+        self._followed = _Followed(ref(tuning), originals, segment, last, below, tuning.loads)
         return self._followed
 
     def _publish_segment(self, segment: Segment) -> Segment:
@@ -594,8 +611,12 @@ class CheckpointLog:
         path = self._path(kind, number)
         try:
             publish(path, parts)
-        except FileExistsError as error:
-            raise FishError(f"{path} appeared meanwhile: another process writes to this log") from error
+        except BaseException as error:
+            self._last.clear()  # the name may be there all the same
+            if isinstance(error, FileExistsError):
+                raise FishError(f"{path} appeared meanwhile: another process writes to this log") from error
+            raise
+        self._last[kind] = number
         return Reference(number, digest)
 
     def _finish(self, number: int, content: Content, begin: float) -> Commit:

@@ -81,6 +81,8 @@ def resume(
     write_entries(parameters, [segment.sealed for segment in chain])
     tuning.read_back()  # so that a change of mask writes nothing back
     if tuning.mask != chain[-1].mask:
+        if optimizer is not None:
+            optimizer.state.clear()  # all of it is about to be replaced; not every kind could be carried over
         tuning.set_mask(chain[-1].mask, optimizer)
     with torch.no_grad():
         saved = by_name(chain[-1].mask, snapshot.values)
