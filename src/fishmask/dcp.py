@@ -331,7 +331,8 @@ def _bytes_of(item: WriteItem, data: Tensor | io.BytesIO) -> memoryview:
         )
     # Conjugation and negation may be pending on a view.
     array = data.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return array.reshape(-1).view(torch.uint8).numpy().data
+    # A tensor of one element counts as contiguous whatever its stride, which the view does not take.
+    return array.as_strided((array.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _check_size(folder: Path, file: RankFile, advice: str) -> None:
