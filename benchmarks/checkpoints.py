@@ -13,7 +13,8 @@ what one who trains the same mask may save today, the k values and their moments
 safety: what the log's guarantees cost is the difference to it.
 
 Then MiniLM trains with AdamW, a linear schedule and dropout, in blocks of ten steps with a commit in the middle of each
-or none, in random order within each round of blocks; the slowdown is by the clock.
+or none, in random order within each round of blocks. The slowdown is by the clock, and beside it by the processor's
+time, which the load of a busy machine reaches less but which leaves the waiting for the disk out.
 """
 
 import argparse
@@ -357,14 +358,14 @@ def measure_training(sparse: Sparse, folder: Path, blocks: int) -> dict[str, Any
     """Train in blocks with a commit in the middle, or none; what is written behind ends within the same block."""
     batches = [make_batch(32, 32, seed) for seed in range(8)]
     seconds: dict[str, list[float]] = {name: [] for name in ("none", COMMIT, ASYNC)}
+    busy: dict[str, list[float]] = {name: [] for name in seconds}
     inside: dict[str, list[float]] = {name: [] for name in seconds}
     order = random.Random(SEED)
     with fishmask.CheckpointLog(folder / "training") as log:
         log.commit(sparse.tuning, **sparse.arguments())
         for turn in range(blocks + 1):
             for name in order.sample(list(seconds), len(seconds)):
-                begin = time.perf_counter()
-                within = 0.0
+                begin, processor, within = time.perf_counter(), time.process_time(), 0.0
                 for i in range(EVERY):
                     sparse.step(batches[i % len(batches)])
                     if i == EVERY // 2 and name != "none":
@@ -374,18 +375,23 @@ def measure_training(sparse: Sparse, folder: Path, blocks: int) -> dict[str, Any
                 log.wait()
                 if turn:  # the first is to warm up
                     seconds[name].append(time.perf_counter() - begin)
+                    busy[name].append(time.process_time() - processor)
                     inside[name].append(within)
     shutil.rmtree(folder / "training")
-    usual = statistics.mean(seconds["none"])
-    found: dict[str, Any] = {"every": EVERY, "blocks": blocks, "block_seconds": seconds, "call_seconds": inside}
+    found: dict[str, Any] = {"every": EVERY, "blocks": blocks, "block_seconds": seconds, "block_cpu_seconds": busy}
     for name in (COMMIT, ASYNC):
-        slower = [(a - b) / usual for a, b in zip(seconds[name], seconds["none"], strict=True)]
         found[name] = {
-            "slowdown": statistics.mean(slower),
-            "standard_error": statistics.stdev(slower) / len(slower) ** 0.5,
-            "in_the_call": statistics.mean(inside[name]) / usual,
+            "by_the_clock": slowdown(seconds[name], seconds["none"]),
+            "by_processor_time": slowdown(busy[name], busy["none"]),
+            "in_the_call": statistics.mean(inside[name]) / statistics.mean(seconds["none"]),
         }
     return found
+
+
+def slowdown(slower: list[float], usual: list[float]) -> tuple[float, float]:
+    """Return by what part of the usual time the others take longer, and the standard error of that."""
+    parts = [(a - b) / statistics.mean(usual) for a, b in zip(slower, usual, strict=True)]
+    return statistics.mean(parts), statistics.stdev(parts) / len(parts) ** 0.5
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -415,7 +421,8 @@ def measure(name: str, repeats: int, blocks: int, folder: Path) -> list[dict[str
     if name != "large":  # a step takes seconds there, and a commit is a smaller part of it
         del dense
         found = measure_training(Sparse(model, mask), folder, blocks)
-        lines.append({**about, "method": "training", **found, "load": [os.getloadavg()[0]], **environment()})
+        loads.append(os.getloadavg()[0])
+        lines.append({**about, "method": "training", **found, "load": loads[-2:], **environment()})
     return lines
 
 
@@ -456,21 +463,22 @@ def verdicts(lines: list[dict[str, Any]]) -> list[str]:
         f"{_verdict(over <= GOALS['overhead'])}: {model}: {over:,} bytes over k values and two moments (at most "
         f"{GOALS['overhead']:,}; with the generators of Python and numpy in use too: {every:,})",
     ]
-    if model == "large":
-        for name in (FULL, WEIGHTS):
-            ratio = by_name[name]["seconds"] / ours["seconds"]
-            reached = _verdict(ratio >= GOALS["times quicker"])
-            told.append(
-                f"{reached}: {model}: durable {ratio:.1f} x quicker than {name} (at least {GOALS['times quicker']:g} x)"
-            )
+    for name in (FULL, WEIGHTS) if model == "large" else ():
+        times = by_name[name]["seconds_all"], ours["seconds_all"]
+        ratio, least = (middle(times[0]) / middle(times[1]) for middle in (statistics.median, min))
+        told.append(
+            f"{_verdict(ratio >= GOALS['times quicker'])}: {model}: durable {ratio:.1f} x quicker than {name} (at "
+            f"least {GOALS['times quicker']:g} x; by the least times {least:.1f} x)"
+        )
     for name in (COMMIT, ASYNC) if "training" in by_name else ():
         found = by_name["training"][name]
-        slower, error = found["slowdown"], found["standard_error"]
+        (slower, error), (processor, its_error) = found["by_the_clock"], found["by_processor_time"]
         decided = abs(slower - GOALS["slowdown"]) > 2 * error
         reached = _verdict(slower < GOALS["slowdown"]) if decided else "NOT DECIDED"
         told.append(
             f"{reached}: {model}: {name} every {EVERY} steps slows training by {slower:.2%} ± {error:.2%} (standard "
-            f"error; less than {GOALS['slowdown']:.0%}); the calls themselves are {found['in_the_call']:.2%}"
+            f"error; less than {GOALS['slowdown']:.0%}); by processor time {processor:.2%} ± {its_error:.2%}; the "
+            f"calls themselves take {found['in_the_call']:.2%}"
         )
     return told
 
@@ -482,9 +490,11 @@ def _verdict(reached: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up")
-    parser.add_argument("--blocks", type=int, default=40, help="blocks of training of each kind")
+    parser.add_argument("--blocks", type=int, help="blocks of training of each kind; by default 8 for each round")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--models", nargs="+", choices=("tiny", "minilm", "large"), default=["minilm", "large"])
+    parser.add_argument(
+        "--models", nargs="+", choices=("tiny", "minilm", "large"), default=["minilm", "large"], help="tiny is a check"
+    )
     parser.add_argument("--folder", type=Path, help="where to write; by default the system's folder of temporary files")
     parser.add_argument("--output", type=Path, help="append a JSON line per model and method to this file")
     args = parser.parse_args()
@@ -494,7 +504,7 @@ def main() -> None:
     console = Console(width=130)
     for name in args.models:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            lines = measure(name, args.repeats, args.blocks, Path(folder))
+            lines = measure(name, args.repeats, args.blocks or 8 * args.repeats, Path(folder))
         console.print(show(lines))
         for verdict in verdicts(lines):
             console.print(verdict, highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 from fishmask.demo import COLUMNS, RECIPES, TITLES, caption, row
@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 PARTS = ("validation", "test")
 TASKS = ("words", "sst2")  # of the search for a recipe
+_COMMIT = "CheckpointLog.commit"
 Record = dict[str, Any]
 
 
@@ -126,6 +127,38 @@ def step() -> str:
     return f"{table(columns, rows)}\n\n{machine(lines[-1])}"
 
 
+def checkpoints() -> str:
+    """Return the checkpoint benchmark: one row per model and method, and what commits cost a training."""
+    lines = latest(records("checkpoints"), lambda line: (line["model"], line["method"]))
+    rows, notes = [], []
+    for model in dict.fromkeys(line["model"] for line in lines):
+        methods = {line["method"]: line for line in lines if line["model"] == model}
+        training = methods.pop("training", None)
+        ours, behind = methods[_COMMIT], methods[f"{_COMMIT}_async"]
+        for name, line in methods.items():
+            cells = [f"{line['bytes']:,}", f"{line['bytes'] / ours['bytes']:.1f}"]
+            cells += [f"{line['seconds']:.4f}", f"{line['seconds'] / ours['seconds']:.1f}"]
+            back = line["restore"]
+            cells += ["", ""] if back is None else [f"{back:.3f}", f"{back / ours['restore']:.2f}"]
+            rows.append([f"{model}: {name}", *cells])
+        notes.append(
+            f"{model}: {ours['n']:,} entries, {ours['k']:,} masked. The first commit, with base and mask: "
+            f"{median(ours['first_seconds']):.2f} s, {ours['first_bytes'][0]:,} bytes. Rolling back in the process: "
+            f"{median(ours['rollback_seconds']):.3f} s. `commit_async` returns after "
+            f"{median(behind['call_seconds']):.4f} s."
+        )
+        for name in (_COMMIT, f"{_COMMIT}_async") if training else ():
+            slower, error = training[name]["by_the_clock"]
+            notes.append(
+                f"{model}: `{name}` every {training['every']} steps slows training by {slower:.2%} ± {error:.2%} (mean "
+                f"± standard error, {training['blocks']} blocks); the calls take {training[name]['in_the_call']:.2%}."
+            )
+    loads = [load for line in lines for load in line["load"]]
+    notes.append(f"{machine(lines[-1])} Load average {min(loads):.1f} to {max(loads):.1f}.")
+    columns = ["one checkpoint", "bytes", "÷ commit", "seconds, durable", "÷ commit", "seconds, restore", "÷ commit"]
+    return "\n\n".join([table(columns, rows), *notes])
+
+
 def recipe() -> str:
     """Return the search for a recipe: one row per mask, the validation quality at its best rate."""
     lines = latest(
@@ -186,6 +219,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "search": ("demo_search", search),
     "scoring": ("scoring", scoring),
     "step": ("step", step),
+    "checkpoints": ("checkpoints", checkpoints),
     "recipe": ("recipe", recipe),
     "claims": ("glue_ablation", ablation),
     "glue": ("glue", glue(lambda lines: methods_table(lines, 0.005))),
