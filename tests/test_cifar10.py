@@ -367,19 +367,26 @@ def test_a_plan_skips_what_has_a_record(images, tmp_path):
 
 
 def test_the_table_has_means_over_seeds_of_planned_runs_alone(tmp_path, monkeypatch):
-    plan = [replace(TINY, decay="leak", seed=seed) for seed in (1, 2)]
+    plan = [replace(TINY, decay=decay, seed=seed) for decay in ("leak", "masked") for seed in (1, 2)]
     monkeypatch.setitem(cifar10.PLANS, "tiny", lambda: iter(plan))
-    other = replace(plan[0], seed=9)
+    measured = {"diverged": False, "multiplier": 0.25, "save_bytes": [9e9, 2e6, 4e6], "save_seconds": [9, 0.002, 0.004]}
+    failed = {"diverged": True, "multiplier": None, "save_bytes": [9e9], "save_seconds": [9]}
     lines = [
-        {"config": asdict(config), "accuracy": accuracy, "multiplier": 0.25, "save_bytes": [9e9, 2e6, 4e6],
-         "save_seconds": [9.0, 0.002, 0.004]}
-        for config, accuracy in ((plan[0], 0.5), (plan[1], 0.6), (other, 0.9))
-    ]  # fmt: skip
+        {"config": asdict(plan[0]), "accuracy": 0.5, **measured},
+        {"config": asdict(replace(plan[0], seed=9)), "accuracy": 0.9, **measured},  # not planned
+        {"config": asdict(plan[2]), "accuracy": 0.1, **failed},
+        {"config": asdict(plan[1]), "accuracy": 0.6, **measured},
+    ]
     path = tmp_path / "results.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    assert table("tiny", path).splitlines()[2:] == [
-        "| fish | no | 10.0% | leak | 0.2 | 55.0 ± 7.1 (2) | 0.25 | 3.000 MB | 3.0 ms |"
+    *rows, between, caption = table("tiny", path).splitlines()[2:]
+    assert rows == [
+        "| fish | no | 10.0% | leak | 0.2 | 55.0 ± 7.1 (2) | 0.25 | 3.000 MB | 3.0 ms |",
+        "| fish | no | 10.0% | masked | 0.2 | 10.0 (1, 1 diverged) |  |  |  |",
     ]
+    assert not between and caption.startswith(
+        "ResNet-9 of width 2, 40 training images, 4 epochs, 16 steps of 10 images"
+    )
 
 
 def test_the_command_runs_one_configuration(file, tmp_path, monkeypatch, capsys):
