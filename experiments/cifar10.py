@@ -155,7 +155,7 @@ def _caption(config: Config) -> str:
     network = "ResNet-34" if config.model == "resnet34" else f"ResNet-9 of width {config.width}"
     steps = config.epochs * config.steps_per_epoch
     return (
-        f"{network}, {config.images:,} training images, {config.epochs} epochs, {steps:,} steps of {config.batch} images, "
+        f"{network}, {config.images:,} training images, {config.epochs} epochs, {steps:,} steps of {config.batch}, "
         f"{config.precision}. Images are lossy JPEG copies, so these accuracies do not stand beside published ones. "
         "Accuracy: per cent of the test images, mean ± standard deviation (seeds). "
         "Multiplier: what is left of a weight that was never masked. Written: a commit (values, momentum, running "
