@@ -194,7 +194,8 @@ def test_what_cannot_be_kept_is_named(value: Any, place: str, kind: str) -> None
     [
         {"!unknown": 1}, {"!": 1}, {"!dict": [], "!tuple": []}, {"!float": "7ff0"}, {"!float": "zz" * 8}, {"!float": 1},
         {"!dict": 3}, {"!dict": [[1]]}, {"!dict": [[[1], 2]]}, {"!counter": [1]}, {"!tuple": 5}, {"!tuple": None},
-        {"!bytes": -1}, {"!bytes": 9}, {"!bytes": "4"}, {"!bytes": None}, {"!bytes": 7}, {"!tensor": 5}, {"!tensor": []},
+        {"!bytes": -1}, {"!bytes": 9}, {"!bytes": "4"}, {"!bytes": None}, {"!bytes": 7},
+        {"!tensor": 5}, {"!tensor": []},
         {"!tensor": ["float32"]}, {"!tensor": ["float32", 2]}, {"!tensor": ["float32", [3]]},
         {"!tensor": ["float32", [1]]}, {"!tensor": ["float32", [-2, -1]]}, {"!tensor": ["float32", [-2]]},
         {"!tensor": ["float32", [2**62, 4]]}, {"!tensor": ["float32", [2**63]]}, {"!tensor": ["float32", [0.5, 4]]},

@@ -86,6 +86,7 @@ class _Followed:
     """The training that commits are made of, and where in the log it stands."""
 
     tuning: "ref[Tuning]"
+    mask: Mask  # the tuning's own; another object, even if equal, tells that others may have been trained meanwhile
     originals: Reference  # the base that the tuning's own memory of its base belongs to
     segment: Segment
     last: Reference | None  # the commit before
@@ -252,7 +253,9 @@ class CheckpointLog:
             below: Overlay = {}
             for segment in chain:
                 _lay_over(below, segment.sealed)
-            self._followed = _Followed(ref(tuning), chain[-1].base, chain[-1], found.file, below, tuning.loads)
+            self._followed = _Followed(
+                ref(tuning), tuning.mask, chain[-1].base, chain[-1], found.file, below, tuning.loads
+            )
             for name, held in (state or {}).items():
                 held.load_state_dict(snapshot.state[name])
             if rng:
@@ -557,10 +560,15 @@ class CheckpointLog:
             name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in (state or {}).items()
         }
         tree.pack(held)  # refuses what cannot be kept before anything is written
-        moments = None if optimizer is None else gather(dict(tuning.named_parameters()), optimizer)
+        stays = known is not None and known.mask is tuning.mask
+        # In the order of the segment, which a model that registers its modules in another order keeps to.
+        order = known.segment.mask if known is not None and stays else tuning.mask
+        named = dict(tuning.named_parameters())
+        named = {name: named[name] for name in order.indices}
+        moments = None if optimizer is None else gather(named, optimizer)
         now = generators.capture()
         self._claim()
-        if known is None or known.segment.mask != tuning.mask:
+        if known is None or not stays:
             known = self._begin_segment(tuning, known, now)
         elif known.loads != tuning.loads:  # weights may have come along that are not the base's
             tuning.originals.check(tuning.model)
@@ -576,7 +584,8 @@ class CheckpointLog:
             **known.segment.file.written("segment"),
             **(known.last.written("parent") if known.last else {}),
         }
-        return number, history.commit_content(metadata, Snapshot(tuning.values, moments, buffers, changed, held))
+        values = torch.cat([p.detach() for p in named.values()])
+        return number, history.commit_content(metadata, Snapshot(values, moments, buffers, changed, held))
 
     def _begin_segment(self, tuning: Tuning, known: _Followed | None, now: dict[str, Any]) -> _Followed:
         """Write the base when it is new, then the segment of the tuning's mask, and follow the tuning."""
@@ -598,7 +607,7 @@ class CheckpointLog:
         below = dict(known.below) if known else {}
         _lay_over(below, sealed)
         originals = known.originals if known else base
-        self._followed = _Followed(ref(tuning), originals, segment, last, below, tuning.loads)
+        self._followed = _Followed(ref(tuning), tuning.mask, originals, segment, last, below, tuning.loads)
         return self._followed
 
     def _publish_segment(self, segment: Segment) -> Segment:

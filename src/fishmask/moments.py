@@ -125,7 +125,7 @@ def give_back(values: Named, optimizer: Optimizer, moments: Moments) -> None:
     packed: dict[str, Any] = {"state": {}, "param_groups": []}
     for group, saved in zip(optimizer.param_groups, moments.rest["groups"], strict=True):
         members = [place for first, count in saved["members"] for place in range(first, first + count)]
-        group["params"] = [parameters[i] for i in members]
+        group["params"][:] = [parameters[i] for i in members]  # in place: L-BFGS holds this list
         if "param_names" in group:
             group["param_names"] = [names[i] for i in members]
         first = len(packed["state"])

@@ -67,31 +67,31 @@ def resume(
         snapshot: What the commit holds.
     """
     model = tuning.model
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
     for p in tuning.parameters():
         p.grad = None  # of the training that is given up
+    if tuning.mask != chain[-1].mask:  # first of all, because it writes values into the weights
+        if optimizer is not None:
+            optimizer.state.clear()  # all of it is about to be replaced; not every kind could be carried over
+        tuning.set_mask(chain[-1].mask, optimizer)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
     with torch.no_grad():
         tuning.originals.restore(model)
     if base is not None:
         _write_base(model, base)
         tuning.originals = Originals(model)
     for segment in chain:  # before anything is sealed: these are the base's bits
-        for name, indices in segment.mask.indices.items():
+        sealed = {name: indices for name, (indices, _) in segment.sealed.items()}  # of masks that no segment has too
+        for name, indices in (*segment.mask.indices.items(), *sealed.items()):
             tuning.originals.remember(name, parameters[name], indices)
     write_entries(parameters, [segment.sealed for segment in chain])
-    tuning.read_back()  # so that a change of mask writes nothing back
-    if tuning.mask != chain[-1].mask:
-        if optimizer is not None:
-            optimizer.state.clear()  # all of it is about to be replaced; not every kind could be carried over
-        tuning.set_mask(chain[-1].mask, optimizer)
+    named, saved = dict(tuning.named_parameters()), by_name(chain[-1].mask, snapshot.values)
     with torch.no_grad():
-        saved = by_name(chain[-1].mask, snapshot.values)
-        for name, values in tuning.named_parameters():
-            values.copy_(saved[name][1])
+        for name, (_, values) in saved.items():
+            named[name].copy_(values)
     tuning.write_back()
     _write_buffers(model, snapshot.buffers)
     if optimizer is not None and snapshot.moments is not None:
-        give_back(dict(tuning.named_parameters()), optimizer, snapshot.moments)
+        give_back({name: named[name] for name in saved}, optimizer, snapshot.moments)
 
 
 @torch.no_grad()
