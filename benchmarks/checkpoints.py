@@ -31,6 +31,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,27 +89,34 @@ def make_mask(name: str, model: nn.Module) -> fishmask.Mask:
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
+class Taken(NamedTuple):
+    """What one call took: seconds, and how far the resident memory rose (bytes)."""
+
+    seconds: float
+    peak_rise: int
+
+
 @dataclass
 class Measured:
     """What one method took, in every round."""
 
     bytes: int = 0
-    seconds: list[float] = field(default_factory=list)
-    restore: list[float] = field(default_factory=list)
-    peak_rise: list[int] = field(default_factory=list)  # bytes
+    saved: list[Taken] = field(default_factory=list)
+    restored: list[Taken] = field(default_factory=list)
     others: dict[str, list[float]] = field(default_factory=dict)
 
+    def record(self) -> dict[str, Any]:
+        """Return medians, and the seconds of all rounds."""
+        named: dict[str, Any] = {"bytes": self.bytes}
+        for name, taken in {"save": self.saved, "restore": self.restored}.items():
+            seconds, rises = ([t[i] for t in taken] for i in range(2))
+            named |= {f"{name}_seconds": statistics.median(seconds) if taken else None, f"{name}_seconds_all": seconds}
+            named |= {f"{name}_peak_rise_bytes": statistics.median(rises) if taken else None}
+        return named | self.others
 
-class Taken(NamedTuple):
-    """What one call took."""
 
-    seconds: float
-    peak_rise: int
-    result: Any
-
-
-def take(call: Callable[..., Any], *arguments: Any) -> Taken:
-    """Time a call, once nothing waits to be written or collected, and tell how far the resident memory rises."""
+def take(call: Callable[..., Any], *arguments: Any) -> tuple[Taken, Any]:
+    """Measure a call, once nothing waits to be written or collected; return what it took and its result."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # memory that was freed would hide what is taken
     os.sync()
@@ -116,7 +124,7 @@ def take(call: Callable[..., Any], *arguments: Any) -> Taken:
     before = peak_memory_bytes()
     start = time.perf_counter()
     result = call(*arguments)
-    return Taken(time.perf_counter() - start, peak_memory_bytes() - before, result)
+    return Taken(time.perf_counter() - start, peak_memory_bytes() - before), result
 
 
 def size_of(path: Path) -> int:
@@ -232,13 +240,11 @@ WAYS = {
 def measure_dense(dense: Dense, folder: Path, measured: dict[str, Measured]) -> None:
     for name, way in WAYS.items():
         path, line = folder / "checkpoint", measured.setdefault(name, Measured())
-        saved = take(way.save, dense, path)
+        line.saved.append(take(way.save, dense, path)[0])
         line.bytes = size_of(path)
-        line.seconds.append(saved.seconds)
-        line.peak_rise.append(saved.peak_rise)
         wanted = dense.probe()
         dense.blank(way.moments)
-        line.restore.append(take(way.restore, dense, path).seconds)
+        line.restored.append(take(way.restore, dense, path)[0])
         must_equal(name, dense.probe(), wanted)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -253,6 +259,7 @@ class Sparse:
         self.model, self.tuning = model, fishmask.attach(model, mask)
         self.optimizer = AdamW(self.tuning.parameters(), lr=1e-5, fused=True)
         self.scheduler = LinearLR(self.optimizer, total_iters=1_000_000)
+        self.state = {"scheduler": self.scheduler}
 
     def step(self, batch: dict[str, Tensor] | None = None) -> None:
         """Do one step; without a batch along a random gradient, which like dropout draws from torch's generator."""
@@ -269,10 +276,6 @@ class Sparse:
         """Copy some of the weights, of the values and of their moments."""
         moments = [state[key] for state in self.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
         return some_of(list(self.model.parameters()), [*self.tuning.parameters()], moments)
-
-    def arguments(self) -> dict[str, Any]:
-        """Return what a commit takes besides the tuning."""
-        return {"optimizer": self.optimizer, "state": {"scheduler": self.scheduler}}
 
 
 def save_unsafe(sparse: Sparse, path: Path) -> None:
@@ -291,62 +294,60 @@ def resume(model: nn.Module, path: Path) -> Sparse:
     """Do what a new process does that goes on with the training of a log."""
     log = fishmask.CheckpointLog(path)
     sparse = Sparse(model, log.mask())
-    log.restore(sparse.tuning, sparse.optimizer, state={"scheduler": sparse.scheduler})
+    log.restore(sparse.tuning, sparse.optimizer, state=sparse.state)
     return sparse
 
 
 def measure_sparse(model: nn.Module, mask: fishmask.Mask, folder: Path, measured: dict[str, Measured]) -> None:
     """Measure the log and what is below it, on a plain model, which gets its weights back."""
-    sync, behind, unsafe = (measured.setdefault(name, Measured()) for name in (COMMIT, ASYNC, UNSAFE))
+    ours, behind, unsafe = (measured.setdefault(name, Measured()) for name in (COMMIT, ASYNC, UNSAFE))
     base = some_of(list(model.parameters()))
     sparse = Sparse(model, mask)
     log = fishmask.CheckpointLog(folder / "log")
     sparse.step()
-    first = take(lambda: log.commit(sparse.tuning, **sparse.arguments()))
-    sync.others.setdefault("first_seconds", []).append(first.seconds)
-    sync.others["first_bytes"] = [size_of(log.path)]
+    commit = partial(log.commit, sparse.tuning, sparse.optimizer, state=sparse.state)
+    first, _ = take(commit)
+    ours.others.setdefault("first_seconds", []).append(first.seconds)
+    ours.others["first_bytes"] = [size_of(log.path)]
     for _ in range(COMMITS):
         sparse.step()
-        done = take(lambda: log.commit(sparse.tuning, **sparse.arguments()))
-        sync.bytes = max(sync.bytes, done.result.bytes)
-        sync.seconds.append(done.seconds)
-        sync.peak_rise.append(done.peak_rise)
+        taken, done = take(commit)
+        ours.saved.append(taken)
+        ours.bytes = max(ours.bytes, done.bytes)
 
         sparse.step()
-        started = take(lambda: log.commit_async(sparse.tuning, **sparse.arguments()))
-        commit = started.result.result()
-        behind.bytes = max(behind.bytes, commit.bytes)
-        behind.seconds.append(commit.seconds)
-        behind.others.setdefault("call_seconds", []).append(started.seconds)
+        taken, coming = take(partial(log.commit_async, sparse.tuning, sparse.optimizer, state=sparse.state))
+        done = coming.result()
+        behind.saved.append(Taken(done.seconds, taken.peak_rise))
+        behind.bytes = max(behind.bytes, done.bytes)
+        behind.others.setdefault("call_seconds", []).append(taken.seconds)
 
         sparse.step()
         path = folder / "unsafe"
-        saved = take(save_unsafe, sparse, path)
+        unsafe.saved.append(take(save_unsafe, sparse, path)[0])
         unsafe.bytes = size_of(path)
-        unsafe.seconds.append(saved.seconds)
-        unsafe.peak_rise.append(saved.peak_rise)
         wanted = sparse.probe()
         sparse.step()
-        unsafe.restore.append(take(restore_unsafe, sparse, path).seconds)
+        unsafe.restored.append(take(restore_unsafe, sparse, path)[0])
         must_equal(UNSAFE, sparse.probe(), wanted)
         path.unlink()
-    log.commit(sparse.tuning, **sparse.arguments())
+    commit()
     wanted = sparse.probe()
     sparse.step()
-    back = take(lambda: log.restore(sparse.tuning, sparse.optimizer, state={"scheduler": sparse.scheduler}))
-    sync.others.setdefault("rollback_seconds", []).append(back.seconds)
+    back, _ = take(partial(log.restore, sparse.tuning, sparse.optimizer, state=sparse.state))
+    ours.others.setdefault("rollback_seconds", []).append(back.seconds)
     must_equal("rollback", sparse.probe(), wanted)
     random.random(), np.random.rand()  # each generator that has moved since the first commit is 2.5 KB more
-    sync.others["bytes_all_generators"] = [log.commit(sparse.tuning, **sparse.arguments()).bytes]
+    ours.others["bytes_all_generators"] = [commit().bytes]
     log.close()
     sparse.tuning.detach()
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-    resumed = take(resume, model, log.path)
-    sync.restore.append(resumed.seconds)
-    must_equal(COMMIT, resumed.result.probe(), wanted)
-    resumed.result.tuning.revert()
+    taken, resumed = take(resume, model, log.path)
+    ours.restored.append(taken)
+    must_equal(COMMIT, resumed.probe(), wanted)
+    resumed.tuning.revert()
     must_equal("revert", some_of(list(model.parameters())), base)
     shutil.rmtree(log.path)
 
@@ -362,7 +363,8 @@ def measure_training(sparse: Sparse, folder: Path, blocks: int) -> dict[str, Any
     inside: dict[str, list[float]] = {name: [] for name in seconds}
     order = random.Random(SEED)
     with fishmask.CheckpointLog(folder / "training") as log:
-        log.commit(sparse.tuning, **sparse.arguments())
+        keep = {COMMIT: log.commit, ASYNC: log.commit_async}
+        log.commit(sparse.tuning, sparse.optimizer, state=sparse.state)
         for turn in range(blocks + 1):
             for name in order.sample(list(seconds), len(seconds)):
                 begin, processor, within = time.perf_counter(), time.process_time(), 0.0
@@ -370,7 +372,7 @@ def measure_training(sparse: Sparse, folder: Path, blocks: int) -> dict[str, Any
                     sparse.step(batches[i % len(batches)])
                     if i == EVERY // 2 and name != "none":
                         start = time.perf_counter()
-                        (log.commit if name == COMMIT else log.commit_async)(sparse.tuning, **sparse.arguments())
+                        keep[name](sparse.tuning, sparse.optimizer, state=sparse.state)
                         within = time.perf_counter() - start
                 log.wait()
                 if turn:  # the first is to warm up
@@ -411,13 +413,9 @@ def measure(name: str, repeats: int, blocks: int, folder: Path) -> list[dict[str
         measure_sparse(model, mask, folder, measured)
         measure_dense(dense, folder, measured)
         loads.append(os.getloadavg()[0])
-    lines = []
+    lines: list[dict[str, Any]] = []
     for method, line in measured.items():
-        record = {**about, "method": method, "bytes": line.bytes, "seconds": statistics.median(line.seconds)}
-        record |= {"seconds_all": line.seconds, "restore_all": line.restore, **line.others}
-        record |= {"restore": statistics.median(line.restore) if line.restore else None}
-        record |= {"peak_rise_bytes": statistics.median(line.peak_rise) if line.peak_rise else None}
-        lines.append({**record, "load": loads, **environment()})
+        lines.append({**about, "method": method, **line.record(), "load": loads, **environment()})
     if name != "large":  # a step takes seconds there, and a commit is a smaller part of it
         del dense
         found = measure_training(Sparse(model, mask), folder, blocks)
@@ -432,20 +430,25 @@ def show(lines: list[dict[str, Any]]) -> Table:
     ours = methods[COMMIT]
     title = f"{ours['model']}: {ours['n']:,} entries, {ours['k']:,} masked; medians; files in the page cache"
     table = Table(title=title)
-    for column in ("method", "bytes", "÷ commit", "s durable", "÷ commit", "s restore", "÷ commit", "MB memory"):
+    for column in (
+        "method",
+        "bytes",
+        "÷ commit",
+        "s durable",
+        "÷ commit",
+        "MB rise",
+        "s restore",
+        "÷ commit",
+        "MB rise",
+    ):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, line in methods.items():
-        restore, rise = line["restore"], line["peak_rise_bytes"]
-        table.add_row(
-            name,
-            f"{line['bytes']:,}",
-            f"{line['bytes'] / ours['bytes']:.1f}",
-            f"{line['seconds']:.4f}",
-            f"{line['seconds'] / ours['seconds']:.1f}",
-            "" if restore is None else f"{restore:.4f}",
-            "" if restore is None else f"{restore / ours['restore']:.2f}",
-            "" if rise is None else f"{rise / 1e6:.1f}",
-        )
+        cells = [f"{line['bytes']:,}", f"{line['bytes'] / ours['bytes']:.1f}"]
+        for part, digits in (("save", 4), ("restore", 3)):
+            seconds, rise = line[f"{part}_seconds"], line[f"{part}_peak_rise_bytes"]
+            ratio = None if seconds is None else seconds / ours[f"{part}_seconds"]
+            cells += ["", "", ""] if ratio is None else [f"{seconds:.{digits}f}", f"{ratio:.2f}", f"{rise / 1e6:.1f}"]
+        table.add_row(name, *cells)
     return table
 
 
@@ -464,7 +467,7 @@ def verdicts(lines: list[dict[str, Any]]) -> list[str]:
         f"{GOALS['overhead']:,}; with the generators of Python and numpy in use too: {every:,})",
     ]
     for name in (FULL, WEIGHTS) if model == "large" else ():
-        times = by_name[name]["seconds_all"], ours["seconds_all"]
+        times = by_name[name]["save_seconds_all"], ours["save_seconds_all"]
         ratio, least = (middle(times[0]) / middle(times[1]) for middle in (statistics.median, min))
         told.append(
             f"{_verdict(ratio >= GOALS['times quicker'])}: {model}: durable {ratio:.1f} x quicker than {name} (at "

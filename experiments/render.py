@@ -137,9 +137,9 @@ def checkpoints() -> str:
         ours, behind = methods[_COMMIT], methods[f"{_COMMIT}_async"]
         for name, line in methods.items():
             cells = [f"{line['bytes']:,}", f"{line['bytes'] / ours['bytes']:.1f}"]
-            cells += [f"{line['seconds']:.4f}", f"{line['seconds'] / ours['seconds']:.1f}"]
-            back = line["restore"]
-            cells += ["", ""] if back is None else [f"{back:.3f}", f"{back / ours['restore']:.2f}"]
+            cells += [f"{line['save_seconds']:.4f}", f"{line['save_seconds'] / ours['save_seconds']:.1f}"]
+            back = line["restore_seconds"]
+            cells += ["", ""] if back is None else [f"{back:.3f}", f"{back / ours['restore_seconds']:.2f}"]
             rows.append([f"{model}: {name}", *cells])
         notes.append(
             f"{model}: {ours['n']:,} entries, {ours['k']:,} masked. The first commit, with base and mask: "
