@@ -12,8 +12,7 @@ import torch
 import transformers
 from transformers import BertForSequenceClassification, EarlyStoppingCallback, Trainer, TrainerCallback
 
-from fishmask import FishError, Mask, attach
-from fishmask import trainer as trainer_module
+from fishmask import FishError, Mask, attach, pointer
 from fishmask.attach import tuning_of
 from fishmask.log import CheckpointLog
 from fishmask.trainer import CheckpointCallback
@@ -90,7 +89,7 @@ class Run:
     def killed(self, resume: bool | str | None = None) -> None:
         with pytest.raises(Stop):
             self.trainer.train(resume_from_checkpoint=resume)
-        self.callback.log.close()  # as the end of the process would
+        self.callback.checkpoint_log.close()  # as the end of the process would
 
     def state(self) -> dict[str, Any]:
         """Everything that training has made: weights, moments, rates, logs, generators."""
@@ -156,7 +155,7 @@ def test_resume_equals_uninterrupted(tmp_path: Path, strategy: str, step: int, n
     resumed = Run(tmp_path / "b", **settings).train(resume=True)
     assert resumed.trainer.state.global_step == 12
     assert not differences(whole, resumed.state())
-    assert [commit.step for commit in resumed.callback.log.commits] == folders(tmp_path / "b")
+    assert [commit.step for commit in resumed.callback.checkpoint_log.commits] == folders(tmp_path / "b")
 
 
 def test_killed_again_and_again(tmp_path: Path) -> None:
@@ -185,7 +184,7 @@ def test_resume_from_a_checkpoint_by_name(tmp_path: Path) -> None:
     run = Run(tmp_path / "b").train(resume=str(tmp_path / "b" / "out" / "checkpoint-4"))
     assert not differences(whole, run.state())
     # The steps were taken again: their folders hold the new commits, and the old ones are gone.
-    assert [(commit.number, commit.step) for commit in run.callback.log.commits] == [(1, 4), (4, 8), (5, 12)]
+    assert [(commit.number, commit.step) for commit in run.callback.checkpoint_log.commits] == [(1, 4), (4, 8), (5, 12)]
 
 
 def test_trains_as_a_plain_loop(tmp_path: Path) -> None:
@@ -249,7 +248,7 @@ def test_best_model_and_limit(tmp_path: Path, strategy: str, limit: int | None) 
     kept = folders(tmp_path)
     assert step in kept
     assert limit is None or len(kept) <= max(limit, 1 if strategy == "best" or limit == 1 else 2)
-    assert sorted(commit.step for commit in run.callback.log.commits) == kept
+    assert sorted(commit.step for commit in run.callback.checkpoint_log.commits) == kept
     if strategy != "best" and limit == 2:
         assert 24 in kept
     other = tmp_path / "killed"
@@ -260,13 +259,13 @@ def test_best_model_and_limit(tmp_path: Path, strategy: str, limit: int | None) 
 def test_limit_keeps_the_newest(tmp_path: Path) -> None:
     run = Run(tmp_path, save_steps=1, save_total_limit=3).train()
     assert folders(tmp_path) == [10, 11, 12]
-    assert [commit.step for commit in run.callback.log.commits] == [10, 11, 12]
-    assert run.callback.log.verify() == []
+    assert [commit.step for commit in run.callback.checkpoint_log.commits] == [10, 11, 12]
+    assert run.callback.checkpoint_log.verify() == []
     # After a resume from the oldest one, the newest are those just made, whatever their steps.
     again = Run(tmp_path, StopAt(11), save_steps=1, save_total_limit=2)
     again.killed(resume=str(tmp_path / "out" / "checkpoint-10"))
     assert folders(tmp_path) == [11, 12]
-    assert [commit.step for commit in again.callback.log.commits] == [12, 11]
+    assert [commit.step for commit in again.callback.checkpoint_log.commits] == [12, 11]
 
 
 class NewMask(TrainerCallback):
@@ -289,7 +288,7 @@ def test_mask_changed_by_another_callback(tmp_path: Path, step: int) -> None:
     Run(tmp_path / "b", NewMask(6), StopAt(step), **settings).killed()
     resumed = Run(tmp_path / "b", NewMask(6), **settings).train(resume=True)
     assert not differences(expected, resumed.state())
-    assert len({commit.mask for commit in resumed.callback.log.commits}) == 2
+    assert len({commit.mask for commit in resumed.callback.checkpoint_log.commits}) == 2
 
 
 def test_other_callbacks_are_kept(tmp_path: Path) -> None:
@@ -364,7 +363,7 @@ def test_full_checkpoints_are_the_trainers(tmp_path: Path) -> None:
     torch.manual_seed(5)
     again = Run(tmp_path).train(resume=True)
     assert again.trainer.state.global_step == 12
-    assert [commit.step for commit in again.callback.log.commits] == [8, 12]
+    assert [commit.step for commit in again.callback.checkpoint_log.commits] == [8, 12]
     assert (full / "model.safetensors").is_file()
 
 
@@ -417,7 +416,7 @@ def test_damage(tmp_path: Path) -> None:
 def test_folders_in_the_making_are_no_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Run(tmp_path / "a").train().state()
     run = Run(tmp_path / "b")
-    replace, calls = trainer_module.replace_file, []
+    replace, calls = pointer.replace_file, []
 
     def killed(path: Path, parts: list[bytes]) -> None:
         calls.append(path)
@@ -425,11 +424,11 @@ def test_folders_in_the_making_are_no_checkpoints(tmp_path: Path, monkeypatch: p
             raise Stop
         replace(path, parts)
 
-    monkeypatch.setattr(trainer_module, "replace_file", killed)
+    monkeypatch.setattr(pointer, "replace_file", killed)
     run.killed()
     monkeypatch.undo()
     assert {path.name for path in (tmp_path / "b" / "out").iterdir()} == {"checkpoint-4", ".checkpoint-8.tmp"}
-    assert [commit.step for commit in run.callback.log.commits] == [4, 8]
+    assert [commit.step for commit in run.callback.checkpoint_log.commits] == [4, 8]
     resumed = Run(tmp_path / "b")
     assert [path.name for path in (tmp_path / "b" / "out").iterdir()] == ["checkpoint-4"]
     assert not differences(whole, resumed.train(resume=True).state())

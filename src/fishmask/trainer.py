@@ -9,18 +9,19 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.optim import Optimizer
 
 from fishmask import rng
 from fishmask.attach import tuning_of
 from fishmask.errors import FishError
-from fishmask.history import path_of, read_commit
+from fishmask.history import path_of
 from fishmask.log import CheckpointLog, Commit
 from fishmask.moments import check_members
+from fishmask.pointer import Pointer
 from fishmask.publish import remove, replace_file, sync_directory
 
 try:
@@ -48,7 +49,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         log: The log, or its folder.
 
     Attributes:
-        log: The log.
+        checkpoint_log: The log.
 
     Raises:
         FishError: The model is not attached; the Trainer has such a callback already, or is one that it cannot serve:
@@ -79,7 +80,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         check_members(dict(tuning.named_parameters()), _plain(trainer.optimizer))
         self._trainer, self._tuning = trainer, tuning
         self._owned = not isinstance(log, CheckpointLog)
-        self.log = log if isinstance(log, CheckpointLog) else CheckpointLog(log)
+        self.checkpoint_log = log if isinstance(log, CheckpointLog) else CheckpointLog(log)
         self._begun = False  # whether this training's commits may go to the log
         self._generators: dict[str, Any] = {}  # of the commit that training resumes from
         self._loss: list[Any] | None = None  # its loss since the last record of the log history, and that step
@@ -99,10 +100,10 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Refuse to add to the log of another training, before the first step; go on with the loss to be logged."""
-        if not self._begun and (commits := self.log.commits):
+        if not self._begun and (commits := self.checkpoint_log.commits):
             raise FishError(
-                f"{self.log.path} holds {len(commits)} commits of a training that this one does not resume: give "
-                "resume_from_checkpoint, or another folder"
+                f"{self.checkpoint_log.path} holds {len(commits)} commits of a training that this one does not resume: "
+                "give resume_from_checkpoint, or another folder"
             )
         if self._loss is not None:
             loss, step = self._loss
@@ -118,7 +119,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         """Let go of the log; drop the commits whose folders the Trainer has deleted at the end."""
         self._forget_deleted()
         if self._owned:
-            self.log.close()
+            self.checkpoint_log.close()
 
     def _clear_gradients(self) -> None:
         for values in self._tuning.parameters():
@@ -138,7 +139,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         saved = [c for c in (*trainer.callback_handler.callbacks, trainer.control) if isinstance(c, ExportableState)]
         state.stateful_callbacks = TrainerState(stateful_callbacks=saved).stateful_callbacks
         text = json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
-        commit = self.log.commit(
+        commit = self.checkpoint_log.commit(
             self._tuning,
             _plain(trainer.optimizer),
             step=state.global_step,
@@ -155,7 +156,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         if number is None:
             self._originals["_load_from_checkpoint"](resume_from_checkpoint, model)
             return
-        text = read_commit(self.log.path, number).snapshot.state["trainer"].encode()
+        text = self.checkpoint_log.read(number)[2].state["trainer"].encode()
         if not (folder / _STATE).is_file() or (folder / _STATE).read_bytes() != text:
             replace_file(folder / _STATE, [text])
 
@@ -164,7 +165,9 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         if (number := self._commit_of(checkpoint)) is None:
             self._originals["_load_optimizer_and_scheduler"](checkpoint)
             return
-        restored = self.log.restore(self._tuning, _plain(self._trainer.optimizer), state=self._stateful(), at=number)
+        restored = self.checkpoint_log.restore(
+            self._tuning, _plain(self._trainer.optimizer), state=self._stateful(), at=number
+        )
         self._loss = restored.state["loss"]
         self._generators = rng.capture()
         self._begun = True
@@ -186,11 +189,9 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         if (number := self._commit_of(self._trainer.state.best_model_checkpoint)) is None:
             self._originals["_load_best_model"]()
             return
-        generators = rng.capture()
         # The optimizer follows a change of mask, so that training can go on; its moments stay as they are.
-        self._tuning.set_mask(self.log.mask(at=number), _plain(self._trainer.optimizer))
-        self.log.restore(self._tuning, at=number)
-        rng.reinstate(generators)
+        self._tuning.set_mask(self.checkpoint_log.mask(at=number), _plain(self._trainer.optimizer))
+        self.checkpoint_log.restore(self._tuning, at=number, rng=False)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip the gradients of the values."""
@@ -216,32 +217,26 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
 
     def _known(self) -> dict[int, Path]:
         """Return the checkpoint folders that point to commits of this log, by the number of the commit."""
-        commits = self.log.commits
         folders = [path.parent for path in Path(self._trainer.args.output_dir).glob(f"checkpoint-*/{_POINTER}")]
-        found = {folder: _find(_pointer(folder), commits) for folder in folders}
+        pointers = {folder: _pointer(folder) for folder in folders}
+        found = {
+            folder: pointer.find(self.checkpoint_log) for folder, pointer in pointers.items() if pointer is not None
+        }
         return {number: folder for folder, number in found.items() if number is not None}
 
     def _commit_of(self, folder: str | Path | None) -> int | None:
         """Return the number of the commit that a folder points to; None where it is a full checkpoint."""
-        if folder is None or (pointer := _pointer(Path(folder))) is None:
-            return None
-        number = _find(pointer, self.log.commits)
-        if number is None:
-            raise FishError(
-                f"{folder} points to commit {pointer.commit} of {pointer.log}, made at {pointer.time}, and "
-                f"{self.log.path} has no such commit"
-            )
-        return number
+        pointer = None if folder is None else _pointer(Path(folder))
+        return None if pointer is None else pointer.found(self.checkpoint_log, Path(str(folder)))
 
     def _publish(self, folder: Path, commit: Commit, text: str) -> None:
         """Give a commit its checkpoint folder, durably; a folder of that name is never found without its pointer."""
-        pointer = json.dumps(_Pointer(commit.number, commit.step, commit.time, str(self.log.path))._asdict(), indent=2)
         if folder.is_dir() and _pointer(folder) is None:
             _delete(folder)  # a full checkpoint of an earlier training, which the Trainer would overwrite too
         place = folder if folder.is_dir() else _hidden(folder)
         place.mkdir(parents=True, exist_ok=True)
         (place / _STATE).write_text(text, encoding="utf-8")  # need not be durable: a load checks it
-        replace_file(place / _POINTER, [pointer.encode()])
+        Pointer.to(commit, self.checkpoint_log).write(place / _POINTER)
         if place != folder:
             place.rename(folder)
         sync_directory(folder.parent)
@@ -258,32 +253,19 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
 
     def _forget_deleted(self) -> None:
         """Delete the commits whose folder is gone, or is a later commit's by now."""
-        commits = self.log.commits
         for number, folder in list(self._folders.items()):
-            if _find(_pointer(folder), commits) != number:
+            pointer = _pointer(folder)
+            if pointer is None or pointer.find(self.checkpoint_log) != number:
                 del self._folders[number]
-                remove(path_of(self.log.path, "commit", number))
+                remove(path_of(self.checkpoint_log.path, "commit", number))
 
 
-class _Pointer(NamedTuple):
-    """What a checkpoint folder says of its commit."""
-
-    commit: int
-    step: int
-    time: str
-    log: str
-
-
-def _pointer(folder: Path) -> _Pointer | None:
-    """Read the pointer in a checkpoint folder, if it has one."""
-    path = folder / _POINTER
-    if not path.is_file():
-        return None
-    try:
-        said = json.loads(path.read_bytes())
-        return _Pointer(int(said["commit"]), int(said["step"]), str(said["time"]), str(said["log"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise FishError(f"{path} is damaged: delete {folder}; its commit can still be had from the log") from error
+def _pointer(folder: Path) -> Pointer | None:
+    """Read the pointer in a checkpoint folder; None where there is none, as in a full checkpoint."""
+    pointer = Pointer.read(folder / _POINTER)
+    if pointer is None and (folder / _POINTER).exists():
+        raise FishError(f"{folder / _POINTER} is damaged: delete {folder}, and resume from another checkpoint")
+    return pointer
 
 
 def _hidden(folder: Path) -> Path:
@@ -295,12 +277,6 @@ def _delete(folder: Path) -> None:
     hidden = _hidden(folder)
     shutil.rmtree(hidden, ignore_errors=True)
     shutil.rmtree(folder.rename(hidden))
-
-
-def _find(pointer: _Pointer | None, commits: Sequence[Commit]) -> int | None:
-    """Return the number of the commit that is meant; ``compact`` gives it another one."""
-    meant = [c.number for c in commits if pointer is not None and (c.step, c.time) == (pointer.step, pointer.time)]
-    return None if pointer is None or not meant else pointer.commit if pointer.commit in meant else meant[-1]
 
 
 def _plain(optimizer: Any) -> Optimizer:
