@@ -38,9 +38,10 @@ format: $(STAMP) ## Format the code.
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## Compare scoring and one training step with the alternatives.
+bench: $(STAMP) ## Compare scoring, one training step and checkpoints with the alternatives.
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scoring
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.checkpoints
 
 clean: ## Remove .venv and caches.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

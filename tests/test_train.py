@@ -16,6 +16,7 @@ from fishmask.hub import load_for_training, load_like
 from fishmask.loop import device_of, to_device
 from fishmask.mask import Mask
 from fishmask.measure import peak_memory_bytes, quality
+from fishmask.run import train_table
 from fishmask.train import Recipe, choose, evaluate, fit, predict
 from tests import tiny
 
@@ -253,6 +254,65 @@ def test_quality_of_numbers_with_ties_and_constants():
     assert found["spearman"] == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [1, 3, 2, 4])[0, 1])
     constant = quality(torch.ones(4, 1), targets)
     assert (constant["pearson"], constant["spearman"]) == (0.0, 0.0)
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+def interrupt_at(step):
+    def progress(phase, done, total):
+        if phase == "training" and done == step:
+            raise Interrupted
+
+    return progress
+
+
+@pytest.mark.parametrize("step", [2, 5, 6, 9, 12])
+@pytest.mark.parametrize("warm_up", [0, 4])
+def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(folder, examples, tmp_path, step, warm_up):
+    recipe = replace(TINY, epochs=3, warm_up_head=warm_up)
+    loaded, data, whole = tuned(folder, examples, recipe, log=tmp_path / "whole.jsonl")
+    steps = 3 * math.ceil(len(data) / recipe.batch_size)
+    assert steps == 18
+    with fishmask.CheckpointLog(tmp_path / "log", store_base=False) as log, pytest.raises(Interrupted):
+        tuned(folder, examples, recipe, checkpoints=log, checkpoint_every=3, progress=interrupt_at(step))
+    done = []
+    with fishmask.CheckpointLog(tmp_path / "log", store_base=False) as log:
+        again, _, outcome = tuned(
+            folder, examples, recipe, checkpoints=log, checkpoint_every=3, log=tmp_path / "again.jsonl",
+            progress=lambda phase, n, total: done.append(n) if phase == "training" else None,
+        )  # fmt: skip
+    assert done == list(range(step // 3 * 3 + 1, steps + 1))
+    assert Mask.between(again.model, loaded.model).k == 0
+    assert outcome.history == whole.history
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert outcome.tuning.delta().mask == whole.tuning.delta().mask
+
+
+def test_another_training_does_not_go_on_from_these_commits(folder, examples, tmp_path):
+    with fishmask.CheckpointLog(tmp_path / "log") as log:
+        tuned(folder, examples, TINY, checkpoints=log, checkpoint_every=1)
+        before = sorted(path.name for path in log.path.iterdir())
+        with pytest.raises(FishError, match=r"another recipe|by another"):
+            tuned(folder, examples, replace(TINY, learning_rate=1e-4), checkpoints=log)
+        with pytest.raises(FishError, match="other data"):
+            tuned(folder, replace(examples, texts=examples.texts[::-1]), TINY, checkpoints=log)
+        assert sorted(path.name for path in log.path.iterdir()) == before
+    with pytest.raises(ValueError, match="no mask"):
+        tuned(folder, examples, replace(TINY, method="full"), checkpoints=log)
+
+
+def test_a_run_that_was_interrupted_leaves_the_same_folder(folder, tmp_path):
+    data, columns = tiny.table(tmp_path / "train.tsv"), {"text": "text", "label": "label", "pair": None, "task": "auto"}
+    train_table(folder, data, TINY, tmp_path / "whole", columns)
+    with pytest.raises(Interrupted):
+        train_table(folder, data, TINY, tmp_path / "again", columns, checkpoint_every=2, progress=interrupt_at(7))
+    assert (tmp_path / "again" / "checkpoints").is_dir()
+    train_table(folder, data, TINY, tmp_path / "again", columns, checkpoint_every=2)
+    for name in ("delta.safetensors", "log.jsonl", "run.json", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "again" / "checkpoints").exists()
 
 
 def test_the_peak_of_memory_rises_with_what_is_allocated():

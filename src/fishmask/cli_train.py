@@ -79,6 +79,10 @@ def train(
     precision: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="bfloat16 runs the forward in autocast.")
     ] = "float32",
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Commit every so many steps; the same command then goes on where it was interrupted."),
+    ] = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -106,8 +110,8 @@ def train(
     columns = {"text": text, "label": label, "pair": pair, "task": task}
     with bars() as progress:
         metrics = train_table(
-            model, data, settings, output, columns, validation=validation, mask=mask, device=device_named(device),
-            progress=progress,
+            model, data, settings, output, columns, validation=validation, mask=mask,
+            checkpoint_every=checkpoint_every, device=device_named(device), progress=progress,
         )  # fmt: skip
     report(metrics, json, "Training")
 

@@ -41,7 +41,7 @@ class Descent:
         self._model, self._recipe = model, recipe
         self._device = device_of(model)
         self.optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=recipe.weight_decay, fused=True)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - (first + step) / steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - (first + step) / steps)
 
     def step(self, batch: dict[str, Tensor]) -> float:
         """Take one step and return the loss.
@@ -59,7 +59,7 @@ class Descent:
             nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self._recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._schedule.step()
+        self.schedule.step()
         return float(loss.detach())
 
 

@@ -18,6 +18,7 @@ from fishmask.data import Encoded, Examples, Task, encode, read_examples
 from fishmask.delta import Delta
 from fishmask.errors import FishError
 from fishmask.hub import load_for_training, load_like, load_tokenizer, save_model
+from fishmask.log import CheckpointLog
 from fishmask.loop import Progress, no_progress
 from fishmask.mask import Mask
 from fishmask.measure import quality
@@ -28,6 +29,7 @@ from fishmask.train import Outcome, fit, predict
 DELTA_FILE = "delta.safetensors"
 MODEL_FILE = "model.safetensors"
 ADAPTER_FOLDER = "adapter"
+CHECKPOINTS_FOLDER = "checkpoints"
 
 
 def train_table(
@@ -39,6 +41,7 @@ def train_table(
     *,
     validation: Path | None = None,
     mask: Path | None = None,
+    checkpoint_every: int | None = None,
     device: str = "cpu",
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
@@ -52,6 +55,8 @@ def train_table(
         columns: The arguments ``text``, ``label``, ``pair`` and ``task`` of :func:`fishmask.data.read_examples`.
         validation: A table to evaluate on after every epoch.
         mask: The file of a mask to train instead of choosing one.
+        checkpoint_every: Commit every so many steps to the folder ``checkpoints`` of the run, and go on from there
+            when the same run is called again after it was interrupted; the commits are deleted at the end.
         device: Where to train.
         progress: Called with the progress.
 
@@ -70,6 +75,8 @@ def train_table(
     judged = None if checks is None else encode(checks, loaded.tokenizer, length, padding)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    commits = folder / CHECKPOINTS_FOLDER
+    log = CheckpointLog(commits, store_base=False, keep_last=2) if checkpoint_every else None
     try:
         outcome = fit(
             loaded.model,
@@ -79,15 +86,22 @@ def train_table(
             mask=chosen,
             validation=judged,
             log=folder / "log.jsonl",
+            checkpoints=log,
+            checkpoint_every=checkpoint_every or 1,
             progress=progress,
         )
     except BaseException:
         if made and not any(folder.iterdir()):  # refused before the first evaluation
             folder.rmdir()
         raise
+    finally:
+        if log is not None:
+            log.close()
     file = write_run(folder, loaded.model, outcome, {"base": model, **columns, "recipe": asdict(recipe)})
     metrics = _metrics(outcome, file)
     write_json(folder / "metrics.json", metrics)
+    if checkpoint_every:
+        shutil.rmtree(commits, ignore_errors=True)
     return metrics
 
 

@@ -7,7 +7,7 @@ train their values. Warm-up and training share the steps and the schedule, so ev
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from fishmask.attach import Tuning, attach
 from fishmask.choose import choose, narrow
+from fishmask.claim import digest_of
 from fishmask.data import Encoded
+from fishmask.errors import FishError
+from fishmask.log import CheckpointLog
 from fishmask.loop import Descent, Progress, autocast, device_of, no_progress, to_device
 from fishmask.mask import Mask
 from fishmask.measure import peak_memory_bytes, quality
@@ -60,6 +63,8 @@ def fit(
     validation: Encoded | None = None,
     judge: Callable[[dict[str, float]], dict[str, float]] = dict,
     log: Path | None = None,
+    checkpoints: CheckpointLog | None = None,
+    checkpoint_every: int = 100,
     progress: Progress = no_progress,
 ) -> Outcome:
     """Fine-tune ``model`` in place.
@@ -73,6 +78,9 @@ def fit(
         validation: Examples to evaluate after every epoch.
         judge: Turns the quality of the predictions into what is recorded of it; by default all.
         log: The file to write, one JSON line per evaluation; an earlier one is replaced at the first.
+        checkpoints: Where to commit; a training that was interrupted goes on from its newest commit as if nothing had
+            happened. Needs a method with a mask.
+        checkpoint_every: Steps from one commit to the next.
         progress: Called with the phase ("scoring", "training"), the steps done and the steps in all.
 
     Returns:
@@ -80,6 +88,7 @@ def fit(
 
     Raises:
         Diverged: The loss is not finite.
+        FishError: ``checkpoints`` holds another training: other data, or another recipe.
     """
     torch.manual_seed(recipe.seed)  # for dropout
     steps = recipe.epochs * math.ceil(len(data) / recipe.batch_size)
@@ -88,36 +97,76 @@ def fit(
     keep = tuple(recipe.keep or head)
     if mask is not None and (recipe.method in MASKLESS or recipe.warm_up_head):
         raise ValueError(f"a mask chosen beforehand goes with neither method={recipe.method!r} nor warm_up_head")
-    outcome = _begin(model, data, recipe, keep, mask, progress)
+    if checkpoints is not None and mask is None and recipe.method in MASKLESS:
+        raise ValueError(f"method={recipe.method!r} has no mask, so its training cannot be committed")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    training = "" if checkpoints is None else _identity(data, recipe)
+    resumed = checkpoints if checkpoints is not None and checkpoints.numbers else None
+    if resumed is not None:
+        outcome = Outcome(attach(model, resumed.mask()), 0, **_known(resumed, training))
+    else:
+        outcome = _begin(model, data, recipe, keep, mask, progress)
     parameters = list(outcome.tuning.parameters() if outcome.tuning else model.parameters())
     over = recipe.search_epochs if recipe.method == "narrowing" and mask is None else 0
     step = over * (steps // recipe.epochs)
     descent = Descent(model, [p for p in parameters if p.requires_grad], recipe.learning_rate, steps, recipe, step)
+    loss, count = 0.0, 0  # of the epoch so far
+    if resumed is not None and outcome.tuning is not None:
+        restored = resumed.restore(outcome.tuning, descent.optimizer, state={"schedule": descent.schedule})
+        step, (loss, count) = restored.step, restored.state["loss"]
     seconds: list[float] = []
     for epoch in range(over, recipe.epochs):
-        losses: list[float] = []
-        for rows in data.shuffled(recipe.batch_size, seed=recipe.seed + 1000 * epoch):
+        if any(record["epoch"] > epoch for record in outcome.history):
+            continue
+        for place, rows in enumerate(data.shuffled(recipe.batch_size, seed=recipe.seed + 1000 * epoch)):
+            if epoch * (steps // recipe.epochs) + place < step:
+                continue
             if outcome.tuning and recipe.warm_up_head and step == recipe.warm_up_head:
                 begin = perf_counter()
                 outcome.tuning.set_mask(choose(model, data, recipe, keep, progress), descent.optimizer)
                 outcome.seconds_scoring = perf_counter() - begin
                 seconds.clear()
             begin = perf_counter()
-            losses.append(descent.step(data.batch(rows)))
+            loss += descent.step(data.batch(rows))
             seconds.append(perf_counter() - begin)
-            step += 1
+            step, count = step + 1, count + 1
+            if checkpoints is not None and outcome.tuning and step % checkpoint_every == 0:
+                kept = {"history": outcome.history, "seconds_scoring": outcome.seconds_scoring}
+                state = {"schedule": descent.schedule, "training": training, "loss": (loss, count), "outcome": kept}
+                checkpoints.commit_async(outcome.tuning, descent.optimizer, step=step, state=state)
             progress("training", step, steps)
-        record: dict[str, float] = {"epoch": epoch + 1, "step": step, "train_loss": sum(losses) / len(losses)}
+        record: dict[str, float] = {"epoch": epoch + 1, "step": step, "train_loss": loss / count}
+        loss, count = 0.0, 0
         if validation is not None:
             record |= judge(evaluate(model, validation, recipe.precision))
         outcome.history.append(record)
         if log is not None:
-            with log.open("w" if len(outcome.history) == 1 else "a", encoding="utf-8") as file:
-                print(json.dumps(record), file=file)
+            log.write_text("".join(json.dumps(record) + "\n" for record in outcome.history), encoding="utf-8")
+    if checkpoints is not None:
+        checkpoints.wait()
     model.eval()
     outcome.entries = sum(p.numel() for p in descent.optimizer.param_groups[0]["params"])
-    outcome.seconds_per_step = median(seconds)
+    outcome.seconds_per_step = median(seconds) if seconds else 0.0
     outcome.peak_memory_bytes = peak_memory_bytes(device_of(model))
+    return outcome
+
+
+def _identity(data: Encoded, recipe: Recipe) -> str:
+    """Return a digest of what a training depends on besides its base."""
+    targets = None if data.targets is None else data.targets.tolist()
+    return digest_of([asdict(recipe), data.fields, targets])
+
+
+def _known(checkpoints: CheckpointLog, training: str) -> dict[str, Any]:
+    """Return what the newest commit tells of the outcome so far."""
+    state = checkpoints.read()[2].state
+    if state.get("training") != training:
+        raise FishError(
+            f"{checkpoints.path} holds an interrupted training on other data or by another recipe: resume that one, "
+            "delete the folder, or name another"
+        )
+    outcome: dict[str, Any] = state["outcome"]
     return outcome
 
 
