@@ -384,9 +384,7 @@ def test_the_table_has_means_over_seeds_of_planned_runs_alone(tmp_path, monkeypa
         "| fish | no | 10.0% | leak | 0.2 | 55.0 ± 7.1 (2) | 0.25 | 3.000 MB | 3.0 ms |",
         "| fish | no | 10.0% | masked | 0.2 | 10.0 (1, 1 diverged) |  |  |  |",
     ]
-    assert not between and caption.startswith(
-        "ResNet-9 of width 2, 40 training images, 4 epochs, 16 steps of 10 images"
-    )
+    assert not between and caption.startswith("ResNet-9 of width 2, 40 training images, 4 epochs, 16 steps of 10, ")
 
 
 def test_the_command_runs_one_configuration(file, tmp_path, monkeypatch, capsys):
