@@ -2,6 +2,7 @@
 
 import copy
 import random
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 
 import fishmask
-from fishmask import CheckpointLog, Mask
+from fishmask import CheckpointLog, FishError, Mask
 from tests.test_tree import bits, same
 
 
@@ -382,3 +383,642 @@ def test_every_commit_of_a_story_of_masks_resumes(name: str, dtype: torch.dtype,
     CheckpointLog(tmp_path).restore(plain)
     assert not differences(sorted_by_name(plain.state_dict()), end["model"])
     assert CheckpointLog(tmp_path).verify() == []
+
+
+def test_entries_that_left_at_the_base_and_at_odd_bits(tmp_path: Path) -> None:
+    through = Training(A)
+    nan = torch.tensor(0x7FC00123, dtype=torch.int32).view(torch.float32)
+    with CheckpointLog(tmp_path) as log:
+        for odd in (nan, torch.tensor(-0.0), torch.tensor(1e-45), torch.tensor(float("-inf"))):
+            change(through, A)
+            with torch.no_grad():
+                through.tuning.values.fill_(odd)
+            change(through, B)
+            through.commit(log)
+        change(through, A)
+        with torch.no_grad():  # back to where they began
+            base = base_of(through)
+            for name, p in through.tuning.named_parameters():
+                p.copy_(base[name].reshape(-1)[A.indices[name]])
+        change(through, C)
+        through.commit(log)
+    for number in range(1, 6):
+        again = Training(C, seed=number)
+        again.restore(CheckpointLog(tmp_path), at=number)
+        left = again.model.state_dict()["up.weight"].reshape(-1)[A.indices["up.weight"]]
+        odd = [nan, torch.tensor(-0.0), torch.tensor(1e-45), torch.tensor(float("-inf"))]
+        expected = (
+            odd[number - 1].expand_as(left) if number < 5 else base["up.weight"].reshape(-1)[A.indices["up.weight"]]
+        )
+        assert same(left, expected)
+    check_same_history(again, through)
+
+
+# --- going back, and elsewhere ----------------------------------------------------------------------------------------
+
+
+def test_a_rollback_in_the_same_process_takes_the_other_turn(tmp_path: Path) -> None:
+    through = Training(A, seed=3)
+    with CheckpointLog(tmp_path) as log:
+        through.run(2).commit(log, 2)
+        first = through.state()
+        change(through, B)
+        through.run(2).commit(log, 4)
+        second = through.run(1).state()
+        for _ in range(2):  # twice the same
+            assert through.restore(log, at=1).step == 2
+            assert not differences(through.state(), first)
+            change(through, B)
+            assert not differences(through.run(3).state(), second)
+        through.restore(log, at=2)
+        assert not differences(through.run(1).state(), second)
+
+
+def test_restoring_twice_is_restoring_once(tmp_path: Path) -> None:
+    through = Training(A, seed=3)
+    with CheckpointLog(tmp_path) as log:
+        through.run(2).commit(log)
+        again = Training(B, seed=4)
+        for _ in range(3):
+            again.restore(log)
+            check_same_history(again, through)
+            again.run(2)
+
+
+def test_a_branch_of_segments(tmp_path: Path) -> None:
+    """1 - 2 - 3 with masks A, B, C, and from 1: 4 - 5 with C, B."""
+    through = Training(A, seed=3)
+    ends: dict[int, Any] = {}
+    with CheckpointLog(tmp_path) as log:
+        for mask in (A, B, C):
+            change(through, mask)
+            number = through.run(2).commit(log).number
+            ends[number] = through.state()
+        through.restore(log, at=1)
+        for mask in (C, B):
+            change(through, mask)
+            number = through.run(3).commit(log).number
+            ends[number] = through.state()
+        through.restore(log, at=3)
+        number = through.run(1).commit(log).number
+        ends[number] = through.state()
+    assert list(ends) == [1, 2, 3, 4, 5, 6]
+    assert [commit.segment for commit in CheckpointLog(tmp_path).commits] == [1, 2, 3, 4, 5, 3]
+    for number, state in ends.items():
+        again = Training(C, seed=number)
+        again.restore(CheckpointLog(tmp_path), at=number)
+        assert not differences(again.state(), state)
+        assert CheckpointLog(tmp_path).mask(number) == again.tuning.mask
+    assert CheckpointLog(tmp_path).verify() == []
+
+
+def test_reinstate_makes_an_earlier_commit_the_newest(tmp_path: Path) -> None:
+    through = Training(A, seed=3)
+    with CheckpointLog(tmp_path) as log:
+        through.run(2).commit(log, 2, position=17)
+        first = through.state()
+        change(through, B)
+        through.run(2).commit(log, 4, position=18)
+        commit = log.reinstate(1)
+        assert (commit.number, commit.step, commit.segment) == (3, 2, 1)
+        assert log.commits[-1] == commit
+        with pytest.raises(FishError, match="restore one first"):
+            through.commit(log)
+        again = Training(B, seed=4)
+        assert again.restore(log).state["position"] == 17
+        assert not differences(again.state(), first)
+        assert again.run(1).commit(log, 3).number == 4
+    assert [c.number for c in log.commits] == [1, 2, 3, 4]
+    assert log.verify() == []
+
+
+def test_a_log_that_begins_in_the_middle_of_a_training(tmp_path: Path) -> None:
+    through = Training(A).run(2)
+    change(through, B)
+    through.run(2)
+    with CheckpointLog(tmp_path) as log:
+        through.commit(log)
+        change(through, C)
+        through.run(1).commit(log)
+    again = Training(C, seed=4)
+    again.restore(CheckpointLog(tmp_path))
+    check_same_history(again, through)
+
+
+def test_two_logs_of_one_training(tmp_path: Path) -> None:
+    through = Training(A)
+    with CheckpointLog(tmp_path / "a") as a, CheckpointLog(tmp_path / "b", store_base=False) as b:
+        for mask, log in ((A, a), (B, b), (C, a), (A, b)):
+            change(through, mask)
+            through.run(1).commit(log)
+            stopped = through.state()
+            again = Training(B, seed=0 if log is b else 4)
+            again.restore(CheckpointLog(log.path))
+            assert not differences(again.state(), stopped)
+            check_same_history(again, through)
+
+
+def test_revert_after_a_restore_gives_back_the_base_of_the_log(tmp_path: Path) -> None:
+    through = Training(A, seed=3)
+    base = base_of(through)
+    with CheckpointLog(tmp_path) as log:
+        through.run(2)
+        change(through, B)
+        through.run(2).commit(log)
+    again = Training(C, seed=4).run(1)
+    again.restore(CheckpointLog(tmp_path))
+    again.run(2).tuning.revert()
+    assert same(sorted_by_name(again.model.state_dict()), base)
+
+
+def test_gradients_of_the_training_that_was_given_up_are_gone(tmp_path: Path) -> None:
+    through = Training(A)
+    with CheckpointLog(tmp_path) as log:
+        through.commit(log)
+        through.run(1)
+        assert any(p.grad is not None for p in through.tuning.parameters())
+        through.restore(log)
+        assert all(p.grad is None for p in through.tuning.parameters())
+
+
+def test_a_wrapped_model_is_found(tmp_path: Path) -> None:
+    through = Training(A).run(1)
+    with CheckpointLog(tmp_path) as log:
+        through.commit(log)
+        stopped = through.state()
+        through.run(1)
+        found = log.restore(nn.Sequential(through.model), through.optimizer)
+        assert found.tuning is through.tuning
+        assert not differences(through.state(), stopped)
+
+
+# --- what else a commit holds -----------------------------------------------------------------------------------------
+
+
+def test_a_gradient_scaler_resumes(tmp_path: Path) -> None:
+    def scaler() -> torch.amp.GradScaler:
+        return torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2, growth_factor=1.5)
+
+    def step(training: Training, scaler: torch.amp.GradScaler) -> None:
+        training.optimizer.zero_grad()
+        scaler.scale(training.model(torch.randn(4, 6)).square().mean()).backward()
+        scaler.step(training.optimizer)
+        scaler.update()
+
+    through, grown = Training(), scaler()
+    with CheckpointLog(tmp_path) as log:
+        for _ in range(3):
+            step(through, grown)
+        through.commit(log, scaler=grown)
+    again, fresh = Training(seed=4), scaler()
+    CheckpointLog(tmp_path).restore(again.model, again.optimizer, state={"scaler": fresh})
+    assert fresh.state_dict() == grown.state_dict() != scaler().state_dict()
+    end = fresh_end = None
+    for training, own in ((again, fresh), (through, grown)):
+        seed_all(5)
+        for _ in range(3):
+            step(training, own)
+        end, fresh_end = fresh_end, [training.state(), own.state_dict()]
+    assert not differences(end, fresh_end)
+
+
+def test_plain_values_come_back_in_the_report(tmp_path: Path) -> None:
+    through = Training()
+    given = {"epoch": 3, "order": torch.randperm(5), "best": float("nan"), "seen": {1: b"x"}, "rng": np.arange(3)}
+    with CheckpointLog(tmp_path) as log:
+        commit = through.commit(log, 7, **given)
+        found = through.restore(log)
+    assert same(found.state, given)
+    assert (found.step, found.commit, found.tuning) == (7, commit, through.tuning)
+
+
+def test_the_generators_can_be_left_alone(tmp_path: Path) -> None:
+    through = Training()
+    with CheckpointLog(tmp_path) as log:
+        through.commit(log)
+        seed_all(5)
+        before = through.state()["rng"]
+        through.restore(log, rng=False)
+        assert not differences(through.state()["rng"], before)
+        through.restore(log)
+        assert len(differences(through.state()["rng"], before)) == 3
+
+
+def test_a_training_without_an_optimizer(tmp_path: Path) -> None:
+    through = Training()
+    with CheckpointLog(tmp_path) as log:
+        log.commit(through.tuning)
+        stopped = through.state()
+        with torch.no_grad():
+            through.tuning.values.add_(1)
+        log.restore(through.tuning)
+        assert not differences(through.state(), stopped)
+        with pytest.raises(ValueError, match="holds no optimizer state"):
+            log.restore(through.tuning, through.optimizer)
+
+
+# --- a base that is found elsewhere -----------------------------------------------------------------------------------
+
+
+def head_mask() -> Mask:
+    """Some entries, and the whole of what stands for a new head."""
+    whole = {name: range(p.numel()) for name, p in Net().named_parameters() if name.startswith("down.")}
+    return scattered(1, 0.2) | Mask.from_indices(whole, shapes=Net())
+
+
+def with_another_head() -> Net:
+    torch.manual_seed(0)
+    model = Net()
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        model.down.reset_parameters()
+    return model
+
+
+def test_a_new_head_comes_back_where_the_base_is_not_stored(tmp_path: Path) -> None:
+    through = Training(head_mask()).run(2)
+    base = base_of(through)
+    with CheckpointLog(tmp_path / "log", store_base=False) as log:
+        through.commit(log)
+        change(through, A)  # the head moves no more in parts
+        through.run(2).commit(log)
+    with CheckpointLog(tmp_path / "whole") as whole:
+        Training().run(1).commit(whole)
+    sizes = [(folder / "base-00000001.safetensors").stat().st_size for folder in (log.path, whole.path)]
+    assert sizes[0] < sizes[1]
+    again = Training(B, model=with_another_head)
+    assert differences(sorted_by_name(again.model.state_dict()), base)
+    again.restore(CheckpointLog(log.path))
+    check_same_history(again, through)
+    plain = with_another_head()
+    CheckpointLog(log.path).restore(plain)
+    assert not differences(sorted_by_name(plain.state_dict()), through.state()["model"])
+
+
+def test_another_base_is_refused_and_named(tmp_path: Path) -> None:
+    with CheckpointLog(tmp_path, store_base=False) as log:
+        Training(head_mask()).run(2).commit(log)
+    torch.manual_seed(0)
+    plain, trained = Net(), Training()
+    with torch.no_grad():
+        plain.norm.weight[3] += 1e-6
+        plain.down.weight.zero_()  # does not matter
+    trained = Training(A, model=lambda: plain)
+    before = copy.deepcopy(plain.state_dict())
+    for model in (plain, trained.model, trained.tuning):
+        with pytest.raises(FishError, match=r"is not the one of this log:\n  other weights: norm.weight$"):
+            CheckpointLog(tmp_path).restore(model)
+    assert same(dict(before), dict(plain.state_dict()))
+
+
+def test_a_model_of_another_structure_is_refused_whole(tmp_path: Path) -> None:
+    with CheckpointLog(tmp_path) as log:
+        Training().run(1).commit(log)
+    other = Net()
+    other.extra, other.up.bias, other.scale = nn.Linear(2, 2), nn.Parameter(torch.zeros(9)), None
+    other.norm.half()
+    del other.kept
+    other.register_buffer("new", torch.zeros(3))
+    with pytest.raises(FishError) as caught:
+        log.restore(other)
+    for line in (
+        "missing from the model: scale",
+        "not in the log: extra.weight",
+        "up.bias: float32 [8] in the log, float32 [9] in the model",
+        "norm.weight: float32 [8] in the log, float16 [8] in the model",
+        "buffer kept: float32 [3, 2] in the log, none in the model",
+        "buffer new: none in the log, float32 [3] in the model",
+    ):
+        assert line in str(caught.value)
+
+
+# --- models that are not attached -------------------------------------------------------------------------------------
+
+
+def test_a_plain_model_gets_weights_and_buffers_and_nothing_else(tmp_path: Path) -> None:
+    through = Training(A).run(2)
+    with CheckpointLog(tmp_path) as log:
+        through.commit(log, 2)
+        first = through.state()
+        change(through, B)
+        through.run(2).commit(log, 4)
+    plain = Net().eval()
+    plain.up.weight.requires_grad_(False)
+    before = through.state()["rng"]
+    for at, state in ((None, through.state()), (1, first), (2, through.state())):
+        found = log.restore(plain, at=at)
+        assert found.tuning is None
+        assert not differences(sorted_by_name(plain.state_dict()), state["model"])
+    assert not differences(through.state()["rng"], before)
+    assert not plain.up.weight.requires_grad
+    assert plain.up.bias.requires_grad
+    with pytest.raises(FishError, match="restore one first"):
+        log.commit(fishmask.attach(plain, A))
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+class Custom(torch.optim.SGD):
+    """An optimizer whose options cannot be kept."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.param_groups[0]["chooser"] = print
+
+
+def detached(training: Training) -> fishmask.Tuning:
+    training.tuning.detach()
+    return training.tuning
+
+
+COMMITS: dict[str, tuple[Callable[[CheckpointLog, Training], Any], type[Exception], str]] = {
+    "a model": (lambda log, t: log.commit(t.model), TypeError, "takes the Tuning"),
+    "a detached tuning": (lambda log, t: log.commit(detached(t), t.optimizer), FishError, "no longer attached"),
+    "another's optimizer": (
+        lambda log, t: log.commit(t.tuning, Training().optimizer), ValueError, "the optimizer lacks",
+    ),
+    "more than the mask": (
+        lambda log, t: log.commit(
+            t.tuning, torch.optim.SGD([*t.tuning.parameters(), nn.Parameter(torch.ones(2))], lr=0.1)
+        ),
+        ValueError, "trains 1 parameters outside the mask",
+    ),
+    "a set": (lambda log, t: t.commit(log, seen={3}), TypeError, "state['seen'] is of type set"),
+    "an option": (lambda log, t: log.commit(t.tuning, Custom(t.tuning.parameters())), TypeError, "'chooser'"),
+    "a fraction of a step": (lambda log, t: t.commit(log, 1.5), TypeError, "whole number, got 1.5"),
+    "a step in words": (lambda log, t: t.commit(log, "3"), TypeError, "whole number, got '3'"),
+    "a tensor of steps": (lambda log, t: t.commit(log, torch.tensor([1, 2])), TypeError, ""),
+    "a changed base": (lambda log, t: other_base(t).commit(log), FishError, "the base is gone"),
+}  # fmt: skip
+
+
+def other_base(training: Training) -> Training:
+    with torch.no_grad():
+        training.model.turned += 1
+    return training
+
+
+@pytest.mark.parametrize("how", ["first", "later", "async"])
+@pytest.mark.parametrize("name", COMMITS)
+def test_a_refused_commit_leaves_no_trace(name: str, how: str, tmp_path: Path) -> None:
+    call, error, text = COMMITS[name]
+    training, log = Training(A), CheckpointLog(tmp_path / "log")
+    if how == "later":
+        training.commit(log, 1)
+        change(training, B)
+    before = content(log.path)
+    if how == "async":
+        log.commit = log.commit_async
+    with pytest.raises(error) as caught:
+        call(log, training)
+    assert text in str(caught.value)
+    assert {name: data for name, data in content(log.path).items() if name != "lock"} == {
+        name: data for name, data in before.items() if name != "lock"
+    }
+    if how == "later":
+        assert [commit.step for commit in log.commits] == [1]
+    log.close()
+    fresh = Training(A)
+    with CheckpointLog(tmp_path / "log") as log:
+        if how == "later":
+            fresh.restore(log)
+        fresh.commit(log)
+
+
+@pytest.mark.parametrize("step", [3, np.int64(3), torch.tensor(3), True])
+def test_steps_are_whole_numbers_of_any_type(step: Any, tmp_path: Path) -> None:
+    with CheckpointLog(tmp_path) as log:
+        assert Training().commit(log, step).step == log.commits[0].step == int(step)
+
+
+def test_a_log_with_commits_must_be_restored_first(tmp_path: Path) -> None:
+    with CheckpointLog(tmp_path) as log:
+        Training().commit(log)
+        before = content(tmp_path)
+        for training in (Training(), Training(A)):
+            with pytest.raises(FishError, match="holds commits already: restore one first"):
+                training.commit(log)
+        assert content(tmp_path) == before
+    with pytest.raises(FishError, match="holds commits already"):
+        Training().commit(CheckpointLog(tmp_path))
+    assert content(tmp_path) == before
+
+
+def aside(make: Callable[[], Any]) -> Any:
+    """Make something without a trace in the generators."""
+    state, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        made = make()
+    random.setstate(state)
+    np.random.set_state(legacy)
+    return made
+
+
+RESTORES: dict[str, tuple[Callable[[CheckpointLog, Training], Any], type[Exception], str]] = {
+    "optimizer of a plain model": (
+        lambda log, t: log.restore(aside(Net), t.optimizer), ValueError, "only be restored with an attached model",
+    ),
+    "state of a plain model": (
+        lambda log, t: log.restore(aside(Net), state={"scheduler": t.scheduler}), ValueError, "attached model",
+    ),
+    "more groups": (
+        lambda log, t: log.restore(t.model, two_groups(t.tuning)), ValueError, "has 2 parameter groups, the commit's",
+    ),
+    "another's optimizer": (
+        lambda log, t: log.restore(t.model, aside(Training).optimizer), ValueError, "the optimizer lacks",
+    ),
+    "more than the mask": (
+        lambda log, t: log.restore(t.model, torch.optim.SGD([*t.tuning.parameters(), nn.Parameter(torch.ones(2))])),
+        ValueError, "trains 1 parameters outside the mask",
+    ),
+    "state that is not there": (
+        lambda log, t: log.restore(t.model, state={"scaler": t.scheduler}), ValueError, "holds no state of scaler",
+    ),
+    "a plain value": (
+        lambda log, t: log.restore(t.model, state={"position": 3}), ValueError, "position has none",
+    ),
+    "no such commit": (lambda log, t: log.restore(t.model, at=7), FishError, "holds no commit 7; it holds 1, 2"),
+    "commit 0": (lambda log, t: log.restore(t.model, at=0), FishError, "holds no commit 0; it holds 1, 2"),
+    "a detached tuning": (lambda log, t: log.restore(detached(t)), FishError, "no longer attached"),
+    "an empty log": (
+        lambda log, t: CheckpointLog(log.path / "none").restore(t.model), FishError, "there is no such folder",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", [A, B], ids=["mask of the commit", "another mask"])
+@pytest.mark.parametrize("name", RESTORES)
+def test_a_refused_restore_changes_nothing(name: str, mask: Mask, tmp_path: Path) -> None:
+    call, error, text = RESTORES[name]
+    with CheckpointLog(tmp_path) as log:
+        through = Training(A, schedule=SCHEDULERS["step"]).run(1)
+        through.commit(log, position=3)
+        through.run(1).commit(log, position=4)
+    training = Training(mask, schedule=SCHEDULERS["step"], seed=4).run(1)
+    before, files = training.state(), content(tmp_path)
+    with pytest.raises(error) as caught:
+        call(CheckpointLog(tmp_path), training)
+    assert text in str(caught.value)
+    assert content(tmp_path) == files
+    assert not differences(training.state(), before)
+
+
+@pytest.mark.parametrize("option", ["keep_last", "keep_every"])
+def test_retention_is_a_number(option: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
+        CheckpointLog(tmp_path, **{option: 0})
+
+
+# --- in the background ------------------------------------------------------------------------------------------------
+
+
+class Held:
+    """A disk that waits to be told, and counts who writes at a time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fail: BaseException | None = None) -> None:
+        self.go, self.writing, self.most, self.fail = threading.Event(), 0, 0, fail
+        self.real = fishmask.log.publish
+        monkeypatch.setattr(fishmask.log, "publish", self.publish)
+
+    def publish(self, path: Path, parts: Any) -> None:
+        if not path.name.startswith("commit"):
+            return self.real(path, parts)
+        self.writing += 1
+        self.most = max(self.most, self.writing)
+        try:
+            assert self.go.wait(20)
+            if self.fail:
+                raise self.fail
+            return self.real(path, parts)
+        finally:
+            self.writing -= 1
+
+
+def test_a_commit_in_the_background_holds_the_state_of_its_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Held(monkeypatch)
+    through = Training(A, OPTIMIZERS["adamw"], SCHEDULERS["multi step"]).run(3)
+    given = {"list": [1], "tensor": torch.ones(2), "array": np.ones(2), "dict": {"a": [0]}}
+    with CheckpointLog(tmp_path) as log:
+        future = log.commit_async(
+            through.tuning, through.optimizer, step=3, state={"scheduler": through.scheduler, "given": given}
+        )
+        stopped = through.state()
+        through.run(2)
+        with torch.no_grad():
+            through.tuning.values.fill_(9)
+            through.model.norm.running_mean.fill_(9)
+            for state in through.optimizer.state.values():
+                for moment in state.values():
+                    moment.fill_(9)
+        through.optimizer.param_groups[0].update(lr=9.0, betas=(0.5, 0.5))
+        through.scheduler.milestones.clear()
+        given["list"].append(2), given["tensor"].zero_(), given["array"].fill(0), given["dict"]["a"].append(1)
+        change(through, B)
+        assert not future.done()
+        assert names(tmp_path, "commit") == []
+        disk.go.set()
+        assert future.result(20).step == 3
+    again = Training(C, OPTIMIZERS["adamw"], SCHEDULERS["multi step"], seed=4)
+    found = again.restore(CheckpointLog(tmp_path))
+    assert not differences(again.state(), stopped)
+    assert same(found.state["given"], {"list": [1], "tensor": torch.ones(2), "array": np.ones(2), "dict": {"a": [0]}})
+
+
+def test_lbfgs_in_the_background_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Held(monkeypatch)
+    through = Training(A, OPTIMIZERS["lbfgs"]).run(2)
+    with CheckpointLog(tmp_path) as log:
+        log.commit_async(through.tuning, through.optimizer)
+        stopped = through.state()
+        through.run(2)
+        disk.go.set()
+    again = Training(A, OPTIMIZERS["lbfgs"], seed=4)
+    again.restore(CheckpointLog(tmp_path))
+    assert not differences(again.state(), stopped)
+
+
+def test_at_most_one_commit_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, through = Held(monkeypatch), Training(A)
+    with CheckpointLog(tmp_path) as log:
+        first = log.commit_async(through.tuning, step=1)
+        caller = threading.Thread(target=lambda: log.commit_async(through.tuning, step=2))
+        caller.start()
+        caller.join(0.2)
+        assert caller.is_alive()  # waits for the first
+        disk.go.set()
+        caller.join(20)
+        assert first.done()
+        for step in range(3, 8):
+            log.commit_async(through.tuning, step=step)
+        log.commit(through.tuning, step=8)
+    assert disk.most == 1
+    assert [commit.step for commit in log.commits] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("call", ["wait", "commit", "commit_async", "restore", "reinstate", "compact", "close", "exit"])
+def test_an_error_in_the_background_surfaces_once(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    through = Training(A)
+    log = CheckpointLog(tmp_path)
+    through.commit(log, 1)
+    disk = Held(monkeypatch, OSError(28, "No space left on device"))
+    disk.go.set()
+    future = log.commit_async(through.tuning, step=2)
+    calls: dict[str, Callable[[], Any]] = {
+        "wait": log.wait,
+        "commit": lambda: log.commit(through.tuning, step=3),
+        "commit_async": lambda: log.commit_async(through.tuning, step=3),
+        "restore": lambda: log.restore(through.model),
+        "reinstate": lambda: log.reinstate(1),
+        "compact": log.compact,
+        "close": log.close,
+        "exit": lambda: log.__exit__(None, None, None),
+    }
+    with pytest.raises(OSError, match="No space left"):
+        calls[call]()
+    assert isinstance(future.exception(), OSError)
+    assert [commit.step for commit in log.commits] == [1]
+    disk.fail = None
+    log.wait()
+    assert log.commit(through.tuning, step=4).number == 2  # as if it had never been tried
+    log.close()
+    assert [commit.step for commit in log.commits] == [1, 4]
+    assert log.verify() == []
+
+
+def test_close_waits_and_the_log_can_be_used_again(tmp_path: Path) -> None:
+    through = Training(A)
+    log = CheckpointLog(tmp_path)
+    future = log.commit_async(through.tuning, step=1)
+    log.close()
+    log.close()
+    assert future.done()
+    with CheckpointLog(tmp_path) as other:
+        other.restore(Training(A).model)
+    through.commit(log, 2)
+    log.close()
+    assert [commit.step for commit in log.commits] == [1, 2]
+
+
+def test_a_log_that_another_went_on_with_meanwhile_is_not_gone_on_with(tmp_path: Path) -> None:
+    through = Training(A)
+    log = CheckpointLog(tmp_path)
+    through.commit(log, 1)
+    log.close()
+    with CheckpointLog(tmp_path) as other:
+        again = Training(A, seed=4)
+        again.restore(other)
+        again.run(1).commit(other, 2)
+        other.compact()
+    before = content(tmp_path)
+    for attempt in (log.commit, log.commit_async):
+        with pytest.raises(FishError, match="restore"):
+            attempt(through.tuning, step=3)
+    assert content(tmp_path) == before
+    log.close()
+    through.restore(log)
+    through.commit(log, 4)
+    log.close()
+    assert log.verify() == []

@@ -6,6 +6,7 @@ a restore walks no chain within one mask, and once acknowledged it survives the 
 power. ``docs/checkpoints.md`` is the guide.
 """
 
+import operator
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -236,9 +237,13 @@ class CheckpointLog:
         """
         tuning = model if isinstance(model, Tuning) else tuning_of(model)
         plain = model.model if isinstance(model, Tuning) else tuning.model if tuning else model
-        if optimizer is not None:
-            if tuning is None:
-                raise ValueError("an optimizer can only be restored with an attached model: call fishmask.attach first")
+        if tuning is not None and not tuning.attached:
+            raise FishError("this Tuning is no longer attached to its model: pass the model, or attach it again")
+        if tuning is None and (optimizer is not None or state):
+            raise ValueError(
+                "an optimizer and other state can only be restored with an attached model: call fishmask.attach first"
+            )
+        if tuning is not None and optimizer is not None:
             check_members(dict(tuning.named_parameters()), optimizer)
         self.wait()
         found, chain, skipped = self._newest_intact(at, allow_older)
@@ -532,7 +537,9 @@ class CheckpointLog:
         used: set[int] = set()
         for metadata in commits:
             number: int | None = int(metadata["segment"])
-            while number is not None and number not in used and number in parents:
+            while number is not None and number not in used:
+                if number not in parents:
+                    return  # what is missing may come back, and may need anything
                 used.add(number)
                 number = int(parents[number]["segment"]) if "segment" in parents[number] else None
         held = {int(parents[n]["base"]) for n in used}
@@ -551,6 +558,9 @@ class CheckpointLog:
             raise TypeError(f"commit takes the Tuning that fishmask.attach returned, got {type(tuning).__name__}")
         if not tuning.attached:
             raise FishError("this Tuning is no longer attached to its model, so there is nothing to commit")
+        if not hasattr(step, "__index__"):
+            raise TypeError(f"step must be a whole number, got {step!r}")
+        step = operator.index(step)
         known = self._following(tuning)
         if known is None and self.numbers:
             raise FishError(
@@ -566,6 +576,7 @@ class CheckpointLog:
         named = dict(tuning.named_parameters())
         named = {name: named[name] for name in order.indices}
         moments = None if optimizer is None else gather(named, optimizer)
+        tree.pack(moments.rest if moments else None, "the optimizer's state")
         now = generators.capture()
         self._claim()
         if known is None or not stays:

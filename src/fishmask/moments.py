@@ -72,6 +72,9 @@ def gather(values: Named, optimizer: Optimizer) -> Moments:
         for group in optimizer.param_groups
     ]
     rest = {"groups": groups, "scalars": scalars, "other": {i: state for i, state in other.items() if state}}
+    # What some optimizers keep besides: under names of their own instead of parameters, or beside state and groups.
+    rest["own"] = {key: item for key, item in packed["state"].items() if not isinstance(key, int)}
+    rest["further"] = {key: item for key, item in packed.items() if key not in ("state", "param_groups")}
     return Moments(vectors, rest)
 
 
@@ -122,7 +125,7 @@ def give_back(values: Named, optimizer: Optimizer, moments: Moments) -> None:
     for key, stacked in moments.rest["scalars"].items():
         for state, item in zip(states, stacked, strict=True):
             state[key] = item.clone()
-    packed: dict[str, Any] = {"state": {}, "param_groups": []}
+    packed: dict[str, Any] = {**moments.rest["further"], "state": {}, "param_groups": []}
     for group, saved in zip(optimizer.param_groups, moments.rest["groups"], strict=True):
         members = [place for first, count in saved["members"] for place in range(first, first + count)]
         group["params"][:] = [parameters[i] for i in members]  # in place: L-BFGS holds this list
@@ -131,5 +134,5 @@ def give_back(values: Named, optimizer: Optimizer, moments: Moments) -> None:
         first = len(packed["state"])
         packed["state"] |= {first + i: states[place] for i, place in enumerate(members)}
         packed["param_groups"].append({**saved["options"], "params": list(range(first, first + len(members)))})
-    packed["state"] = {i: state for i, state in packed["state"].items() if state}
+    packed["state"] = {i: state for i, state in packed["state"].items() if state} | moments.rest["own"]
     optimizer.load_state_dict(packed)
