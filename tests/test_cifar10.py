@@ -231,6 +231,19 @@ def test_masked_decay_leaves_every_other_entry_as_it_was(images, tmp_path, metho
     assert record["multiplier"] is record["multiplier_expected"] is None
 
 
+@pytest.mark.parametrize(("refresh", "chosen"), [("never", [0]), ("epoch", [0, 1, 2, 3])])
+def test_a_mask_is_chosen_once_or_before_every_epoch(images, tmp_path, monkeypatch, refresh, chosen):
+    asked = []
+
+    def choose(config, model, images, epoch):
+        asked.append(epoch)
+        return Mask.random(model, config.density, epoch)
+
+    monkeypatch.setattr(from_scratch, "choose", choose)
+    run(replace(TINY, refresh=refresh), images, tmp_path)
+    assert asked == chosen
+
+
 @pytest.mark.parametrize("refresh", ["never", "epoch"])
 def test_leak_shrinks_all_that_is_never_masked(images, tmp_path, refresh):
     config = replace(TINY, decay="leak", refresh=refresh, lr=2.0)
