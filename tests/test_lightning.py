@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fishmask import FishError, Mask, Tuning, attach
 from fishmask.log import CheckpointLog
-from tests.test_trainer import Stop, differences
+from tests.test_trainer import Stop, blocks, differences
 
 pl = pytest.importorskip("pytorch_lightning")
 
@@ -123,7 +123,6 @@ class Run:
     def killed(self, resume: str | Path | None = None) -> None:
         with pytest.raises(Stop):
             self.fit(resume)
-        self.callback.checkpoint_log.close()
 
     def state(self) -> dict[str, Any]:
         return {
@@ -345,6 +344,30 @@ def test_damage(tmp_path: Path) -> None:
     first.write_bytes(first.read_bytes()[:-9])
     with pytest.raises(FishError, match="is damaged"):
         Run(tmp_path).fit(first)
+
+
+def test_resume_from_a_commit_itself(tmp_path: Path) -> None:
+    whole = Run(tmp_path / "a").fit().state()
+    run = Run(tmp_path / "b").fit()
+    shutil.rmtree(tmp_path / "b" / "out")
+    assert not differences(whole, Run(tmp_path / "b").fit(run.callback.checkpoint_log.commits[1].path).state())
+
+
+@pytest.mark.filterwarnings("ignore:.*(last checkpoint available|logging interval|validation)")
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the code of the documentation twice, as a script that was stopped and started again."""
+    monkeypatch.chdir(tmp_path)
+    quiet = (
+        "Trainer(accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs="
+    )
+    for epochs in (2, 5):
+        module = Module()
+        module.tuning.revert()
+        net, data = module.net, rows(0, shuffle=False).dataset
+        given: dict[str, Any] = {"__name__": "page", "net": net, "data": data, "mask": mask_of(net)}
+        exec(blocks("Lightning").replace("Trainer(max_epochs=3", f"{quiet}{epochs}"), given)
+        assert given["trainer"].current_epoch == epochs
+    assert given["trainer"].ckpt_path.endswith("last.ckpt")
 
 
 def test_misuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,6 @@ class Run:
     def killed(self, resume: bool | str | None = None) -> None:
         with pytest.raises(Stop):
             self.trainer.train(resume_from_checkpoint=resume)
-        self.callback.checkpoint_log.close()  # as the end of the process would
 
     def state(self) -> dict[str, Any]:
         """Everything that training has made: weights, moments, rates, logs, generators."""
@@ -141,7 +140,17 @@ def quiet() -> Iterator[None]:
 
 
 def folders(path: Path) -> list[int]:
-    return sorted(int(folder.name.removeprefix("checkpoint-")) for folder in (path / "out").glob("checkpoint-*"))
+    return folders_in(path / "out")
+
+
+def folders_in(path: Path) -> list[int]:
+    return sorted(int(folder.name.removeprefix("checkpoint-")) for folder in path.glob("checkpoint-*"))
+
+
+def blocks(heading: str) -> str:
+    """Return the first block of Python below a heading of docs/trainers.md."""
+    page = (Path(__file__).parent.parent / "docs" / "trainers.md").read_text(encoding="utf-8")
+    return page.split(f"## {heading}", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +286,7 @@ class NewMask(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if state.global_step == self.at:
             tuning = tuning_of(given["model"])
-            tuning.set_mask(mask_of(given["model"], seed=7), given["optimizer"].optimizer)
+            tuning.set_mask(mask_of(given["model"], seed=7), given["optimizer"])
 
 
 @pytest.mark.parametrize("step", [5, 7])
@@ -350,6 +359,15 @@ def test_without_the_callback_nothing_is_loaded(tmp_path: Path) -> None:
         transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     with pytest.raises(OSError, match="safetensors"):
         BertForSequenceClassification.from_pretrained(folder, config=run.model.config)
+
+
+def test_mean_loss_is_of_the_steps_taken(tmp_path: Path) -> None:
+    """The log history goes on without a gap, and the mean that the Trainer reports is of its own steps."""
+    single = Run(tmp_path / "a", logging_steps=1).train().trainer.state.log_history
+    losses = [record["loss"] for record in single if "loss" in record]
+    Run(tmp_path / "b", StopAt(5)).killed()
+    result = Run(tmp_path / "b").trainer.train(resume_from_checkpoint=True)
+    assert result.training_loss == pytest.approx(sum(losses[4:]) / 8, rel=1e-5)
 
 
 def test_full_checkpoints_are_the_trainers(tmp_path: Path) -> None:
@@ -434,6 +452,16 @@ def test_folders_in_the_making_are_no_checkpoints(tmp_path: Path, monkeypatch: p
     assert not differences(whole, resumed.train(resume=True).state())
 
 
+def test_folders_that_are_gone_come_from_the_log(tmp_path: Path) -> None:
+    """Also when the process dies between the first commit and its folder."""
+    whole = Run(tmp_path / "a").train().state()
+    Run(tmp_path / "b", StopAt(9)).killed()
+    shutil.rmtree(tmp_path / "b" / "out")
+    resumed = Run(tmp_path / "b")
+    assert folders(tmp_path / "b") == [8]
+    assert not differences(whole, resumed.train(resume=True).state())
+
+
 def test_compacted(tmp_path: Path) -> None:
     whole = Run(tmp_path / "a").train().state()
     Run(tmp_path / "b", StopAt(9)).killed()
@@ -450,6 +478,21 @@ def test_one_after_the_other(tmp_path: Path) -> None:
     run = Run(tmp_path / "b", num_train_epochs=1, lr_scheduler_type="constant").train()
     run.trainer.args.num_train_epochs = 2
     assert not differences(whole, run.train(resume=True).state())
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the code of the documentation twice, as a script that was stopped and started again."""
+    monkeypatch.chdir(tmp_path)
+    code = blocks("transformers")
+    given: dict[str, Any] = {"model": model(), "data": examples(0, 40), "mask": mask_of(model())}
+    exec(code.replace('"run",', '"run", report_to=[], use_cpu=True, disable_tqdm=True, max_steps=200,'), given)
+    given["log"].close()
+    first = given["trainer"].state.global_step
+    assert folders_in(tmp_path / "run") == [100, 200]
+    given = {"model": model(), "data": examples(0, 40), "mask": None}  # not needed: the log has it
+    exec(code.replace('"run",', '"run", report_to=[], use_cpu=True, disable_tqdm=True, max_steps=300,'), given)
+    given["log"].close()
+    assert (first, given["trainer"].state.global_step) == (200, 300)
 
 
 def test_misuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

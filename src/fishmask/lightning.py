@@ -102,6 +102,10 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
         """Restore the model of the commit that is to predict."""
         self._restore_model(pl_module)
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Let go of the log, so that a notebook can go on."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the log."""
         if self._owned:
@@ -198,10 +202,16 @@ class _Commits(CheckpointIO):  # type: ignore[misc]
         self.callback._save(self._trainer, checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        if (pointer := Pointer.read(Path(path))) is not None:
+        if (pointer := self._pointer(Path(path))) is not None:
             return self.callback._load(self._trainer, pointer, Path(path))
         loaded: dict[str, Any] = self._other.load_checkpoint(path, map_location, weights_only)
         return loaded
+
+    def _pointer(self, path: Path) -> Pointer | None:
+        """Read a pointer; the file of a commit names itself."""
+        commits = self.callback.checkpoint_log.commits
+        itself = [Pointer.to(c, self.callback.checkpoint_log) for c in commits if c.path.resolve() == path.resolve()]
+        return itself[0] if itself else Pointer.read(path)
 
     def remove_checkpoint(self, path: Any) -> None:
         pointer = Pointer.read(Path(path))

@@ -87,10 +87,15 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         self._folders = self._known()
         for leftover in Path(trainer.args.output_dir).glob(_hidden(Path("checkpoint-*")).name):
             shutil.rmtree(leftover)
+        if not self._folders and self.checkpoint_log.numbers:  # a crash before the first folder; folders were removed
+            commit, _, snapshot = self.checkpoint_log.read()
+            if "trainer" in snapshot.state:
+                self._publish(self._folder(commit.step), commit, snapshot.state["trainer"])
         self._originals: dict[str, Callable[..., Any]] = {}
         for stand_in in (
             self._save_checkpoint, self._load_from_checkpoint, self._load_optimizer_and_scheduler, self._load_scaler,
             self._load_rng_state, self._load_best_model, self._clip_grad_norm, self._get_grad_norm,
+            self._inner_training_loop,
         ):  # fmt: skip
             self._originals[stand_in.__name__] = getattr(trainer, stand_in.__name__)
             setattr(trainer, stand_in.__name__, stand_in)
@@ -108,6 +113,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         if self._loss is not None:
             loss, step = self._loss
             self._trainer._tr_loss, self._trainer._globalstep_last_logged = loss.to(args.device), step
+            self._trainer._total_loss_scalar -= loss.item()  # the mean at the end is over the steps from here on
             self._loss = None
         self._clear_gradients()
 
@@ -116,16 +122,30 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         self._clear_gradients()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Let go of the log; drop the commits whose folders the Trainer has deleted at the end."""
+        """Delete the commits whose folders the Trainer has just deleted."""
         self._forget_deleted()
-        if self._owned:
-            self.checkpoint_log.close()
 
     def _clear_gradients(self) -> None:
         for values in self._tuning.parameters():
             values.grad = None
 
     # --- in place of the Trainer's methods ----------------------------------------------------------------------------
+
+    def _inner_training_loop(
+        self,
+        batch_size: int | None = None,
+        args: Any = None,
+        resume_from_checkpoint: str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Let go of the log however the training ends, so that a notebook can go on."""
+        try:
+            train = self._originals["_inner_training_loop"]
+            return train(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            if self._owned:
+                self.checkpoint_log.close()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Commit, then write the folder that a resume looks for."""
