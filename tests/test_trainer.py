@@ -261,7 +261,9 @@ def test_best_model_and_limit(tmp_path: Path, strategy: str, limit: int | None) 
     if strategy != "best" and limit == 2:
         assert 24 in kept
     other = tmp_path / "killed"
-    Run(other, StopAt(step + 1), **settings).killed()
+    Run(other, StopAt(step + 7 if strategy == "epoch" else step + 1), **settings).killed()
+    if strategy == "epoch":
+        assert folders(other) == [step, step + 6], "the newest is kept besides the best"
     assert not differences(whole, Run(other, **settings).train(resume=True).state())
 
 
@@ -298,6 +300,19 @@ def test_mask_changed_by_another_callback(tmp_path: Path, step: int) -> None:
     resumed = Run(tmp_path / "b", NewMask(6), **settings).train(resume=True)
     assert not differences(expected, resumed.state())
     assert len({commit.mask for commit in resumed.callback.checkpoint_log.commits}) == 2
+
+
+def test_best_model_of_another_mask(tmp_path: Path) -> None:
+    """Training can go on after the best model, which had another mask, was loaded."""
+    whole = Run(tmp_path / "a", NewMask(6), lr_scheduler_type="constant", num_train_epochs=3).train().state()
+    run = Run(tmp_path / "b", NewMask(6), lr_scheduler_type="constant").train()
+    generators = torch.get_rng_state()
+    run.trainer.state.best_model_checkpoint = str(tmp_path / "b" / "out" / "checkpoint-4")
+    run.trainer._load_best_model()
+    assert run.tuning.mask == mask_of(run.model)
+    assert torch.equal(generators, torch.get_rng_state())
+    run.trainer.args.num_train_epochs = 3
+    assert not differences(whole, run.train(resume=True).state())
 
 
 def test_other_callbacks_are_kept(tmp_path: Path) -> None:

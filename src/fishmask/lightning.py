@@ -56,9 +56,7 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
         self._owned = not isinstance(log, CheckpointLog)
         self.checkpoint_log = log if isinstance(log, CheckpointLog) else CheckpointLog(log)
         self._begun = False  # whether this training's commits may go to the log
-        self._named: int | None = (
-            None  # the commit that Lightning loads; restored when model and optimizer are in place
-        )
+        self._named: int | None = None  # the commit that Lightning loads, until it is restored
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Have the Trainer's checkpoints go through the log.
@@ -149,8 +147,7 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
         """Delete the commit of a file that is gone or replaced, unless another file names it too."""
         if pointer is None or (number := pointer.find(self.checkpoint_log)) is None:
             return
-        others = (Pointer.read(other) for other in path.parent.iterdir())
-        if not any(other is not None and other.find(self.checkpoint_log) == number for other in others):
+        if not any(pointer.same(Pointer.read(other)) for other in path.parent.iterdir()):
             remove(path_of(self.checkpoint_log.path, "commit", number))
 
 

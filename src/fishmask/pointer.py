@@ -1,10 +1,13 @@
 """A small file that stands where a trainer looks for a checkpoint, and names a commit of a log."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from fishmask import container
 from fishmask.errors import FishError
+from fishmask.history import path_of
 from fishmask.log import CheckpointLog, Commit
 from fishmask.publish import replace_file
 
@@ -56,8 +59,11 @@ class Pointer(NamedTuple):
 
     def find(self, log: CheckpointLog) -> int | None:
         """Return the number that the commit has in a log now (``compact`` gives it another), or None."""
-        meant = [commit.number for commit in log.commits if (commit.step, commit.time) == (self.step, self.time)]
-        return self.commit if self.commit in meant else meant[-1] if meant else None
+        here = path_of(log.path, "commit", self.commit)
+        if here.exists() and self._is(container.peek(here, "commit")):
+            return self.commit
+        moved = [commit.number for commit in log.commits if (commit.step, commit.time) == (self.step, self.time)]
+        return moved[-1] if moved else None
 
     def found(self, log: CheckpointLog, path: Path) -> int:
         """Return what ``find`` does, or raise FishError where the file at ``path`` names no commit of this log."""
@@ -65,3 +71,10 @@ class Pointer(NamedTuple):
         if number is None:
             raise FishError(f"{path} names commit {self.commit} of {self.log}, and {log.path} has no such commit")
         return number
+
+    def same(self, other: "Pointer | None") -> bool:
+        """Whether another pointer names the same commit."""
+        return other is not None and self[:3] == other[:3]
+
+    def _is(self, metadata: Mapping[str, str]) -> bool:
+        return (metadata["step"], metadata["time"]) == (str(self.step), self.time)

@@ -273,9 +273,9 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
 
     def _forget_deleted(self) -> None:
         """Delete the commits whose folder is gone, or is a later commit's by now."""
+        latest = {folder: number for number, folder in sorted(self._folders.items())}
         for number, folder in list(self._folders.items()):
-            pointer = _pointer(folder)
-            if pointer is None or pointer.find(self.checkpoint_log) != number:
+            if latest[folder] != number or not folder.is_dir():
                 del self._folders[number]
                 remove(path_of(self.checkpoint_log.path, "commit", number))
 
