@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -139,7 +140,7 @@ def table(plan: str, results: Path = RESULTS) -> str:
         each run, which is made before training and holds the base.
     """
     planned = list(PLANS[plan]())
-    groups: dict[Config, list[Record]] = {replace(config, seed=0): [] for config in planned}
+    groups: dict[Config, list[Record]] = {replace(config, seed=0): [] for config in sorted(planned, key=_place)}
     for record in read_records(results):
         if (config := Config(**record["config"])) in planned:
             groups[replace(config, seed=0)].append(record)
@@ -148,6 +149,11 @@ def table(plan: str, results: Path = RESULTS) -> str:
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * 4}{' ---: |' * (len(columns) - 4)}"]
     lines += [f"| {' | '.join(_row(config, runs))} |" for config, runs in groups.items() if runs]
     return "\n".join(lines) + f"\n\n{_caption(planned[0])}"
+
+
+def _place(config: Config) -> tuple[Any, ...]:
+    """Order the rows: those to compare stand together."""
+    return config.method, config.refresh == "epoch", config.density, config.lr, config.decay
 
 
 def _caption(config: Config) -> str:
