@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import init_from_local_shards
 from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.logger import _dcp_logger
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -383,6 +383,10 @@ def test_a_planner_that_contradicts_itself_makes_no_checkpoint(tmp_path: Path) -
         def resolve_data(self, write_item: Any) -> Any:
             return super().resolve_data(write_item).half()
 
+    class Shortening(DefaultSavePlanner):
+        def resolve_data(self, write_item: Any) -> Any:
+            return super().resolve_data(write_item)[:1]
+
     class Forgetting(DefaultSavePlanner):
         def create_global_plan(self, all_plans: Any) -> Any:
             plans, metadata = super().create_global_plan(all_plans)
@@ -424,7 +428,8 @@ def test_a_planner_that_contradicts_itself_makes_no_checkpoint(tmp_path: Path) -
     planners = {
         Omitting: "wrote 2 items where the planner's metadata has 1",
         Doubling: "written twice",
-        Halving: "had planned", Forgetting: "no rank wrote", Partial: "hold only a part of w",
+        Halving: "had planned",
+        Shortening: "had planned", Forgetting: "no rank wrote", Partial: "hold only a part of w",
         Chatty: "without pickle", Chattier: "without pickle",
         Chattiest: "without pickle",
     }  # fmt: skip
@@ -432,6 +437,16 @@ def test_a_planner_that_contradicts_itself_makes_no_checkpoint(tmp_path: Path) -
         with pytest.raises(FishError, match=message):
             save(tmp_path, {"v": torch.ones(2), "w": torch.ones(2)}, planner=planner())
         assert not (tmp_path / METADATA).exists()
+
+
+def test_a_planner_with_too_large_a_place_for_a_tensor_is_refused(tmp_path: Path) -> None:
+    class Widening(DefaultLoadPlanner):
+        def resolve_tensor(self, read_item: Any) -> Any:
+            return torch.zeros(3, 2)
+
+    save(tmp_path, {"w": torch.ones(2)})
+    with pytest.raises(FishError, match=r"\[3, 2\] places for \[2\] saved entries"):
+        load(tmp_path, {"w": torch.zeros(2)}, planner=Widening())
 
 
 def test_plain_errors_lets_an_interrupt_through() -> None:
@@ -448,7 +463,7 @@ def test_data_and_folders_are_durable_before_the_metadata_and_that_before_the_re
     fsync, link = os.fsync, os.link
 
     def kind(path: str) -> str:
-        return re.sub(r"\.[0-9a-f]{16}", "", re.sub(r"-[0-9a-f]{16}", "", str(Path(path).relative_to(tmp_path))))
+        return re.sub(r"\.[0-9a-f]{16}", "", re.sub(r"-[0-9a-f]{16}", "", os.path.relpath(path, tmp_path)))
 
     def recorded_fsync(handle: int) -> None:
         trace.append("sync " + kind(str(Path(f"/proc/self/fd/{handle}").readlink())))
@@ -461,11 +476,14 @@ def test_data_and_folders_are_durable_before_the_metadata_and_that_before_the_re
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "link", recorded_link)
     save(tmp_path / "run" / "step", SMALL)
-    assert trace == [
+    needed = [
         "sync .", "sync run",
         "sync run/step/.rank-00000.data.tmp", "link run/step/rank-00000.data", "sync run/step",
         "sync run/step/.metadata.json.tmp", "link run/step/metadata.json", "sync run/step",
     ]  # fmt: skip
+    rest = iter(trace)
+    assert all(event in rest for event in needed), trace  # in this order
+    assert trace.count("link run/step/metadata.json") == 1
 
 
 # --- pickle and size --------------------------------------------------------------------------------------------------

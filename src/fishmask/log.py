@@ -10,6 +10,7 @@ import operator
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +33,7 @@ from fishmask.history import CommitFile, Entries, Problem, Reference, Segment, S
 from fishmask.mask import Mask
 from fishmask.moments import check_members, gather
 from fishmask.params import canonical_parameters, take
-from fishmask.publish import Lock, leftovers, make_folder, publish, remove, replace_file
+from fishmask.publish import Lock, leftovers, make_folder, publish, remove, replace_file, sync_directory
 from fishmask.resume import check_base, check_request, fill, resume
 
 Overlay = dict[str, tuple[Tensor, Tensor]]  # name -> sorted flat indices, bits as integers; on the CPU
@@ -91,6 +92,7 @@ class _Followed:
     originals: Reference  # the base that the tuning's own memory of its base belongs to
     segment: Segment
     last: Reference | None  # the commit before
+    newest: int  # number of the newest commit; a larger one is another process's
     below: Overlay  # entries whose bits below the mask are not the base's
     loads: int = 0  # of a state dict into the model, when its base was last checked
 
@@ -246,6 +248,7 @@ class CheckpointLog:
         if tuning is not None and optimizer is not None:
             check_members(dict(tuning.named_parameters()), optimizer)
         self.wait()
+        newest = max(self.numbers, default=0)
         found, chain, skipped = self._newest_intact(at, allow_older)
         path, snapshot = self._path("commit", found.file.number), found.snapshot
         check_request(snapshot, optimizer, state or {}, path)
@@ -259,7 +262,7 @@ class CheckpointLog:
             for segment in chain:
                 _lay_over(below, segment.sealed)
             self._followed = _Followed(
-                ref(tuning), tuning.mask, chain[-1].base, chain[-1], found.file, below, tuning.loads
+                ref(tuning), tuning.mask, chain[-1].base, chain[-1], found.file, newest, below, tuning.loads
             )
             for name, held in (state or {}).items():
                 held.load_state_dict(snapshot.state[name])
@@ -454,25 +457,39 @@ class CheckpointLog:
         old = history.read_base(self.path, chain[-1].base.number, chain[-1].base.digest)
         if old.fingerprint is not None:
             raise FishError(f"{self.path} does not store its base, so there is nothing to fold the commits into")
-        files = [path for kind in reversed(history.KINDS) for path in history.numbered(self.path, kind).values()]
+        files = [list(history.numbered(self.path, kind).values()) for kind in reversed(history.KINDS)]
         write_entries(old.weights, _changes(chain, found.snapshot))
-        number = self._free("base")
-        # Buffers stay the old base's: commits hold those that differ from it.
-        base = self._publish("base", number, history.folded_content(number, old))
-        segment = self._publish_segment(replace(chain[-1], base=base, parent=None, sealed={}))
-        commit = self._copy(found, segment.file, begin)
-        again, chain_again = history.read_all(self.path, commit.number)
-        new = history.read_base(self.path, base.number, base.digest)
-        write_entries(new.weights, _changes(chain_again, again.snapshot))
-        if not (history.same_bits(old.weights, new.weights) and history.same_bits(old.buffers, new.buffers)):
-            raise FishError(f"{self.path}: what was written does not read back as it was; the old files are kept")
-        for path in files:  # commits first: whenever this stops, the commits that are left have all they need
-            remove(path)
+        commit: Commit | None = None
+        try:
+            # Buffers stay the old base's: commits hold those that differ from it.
+            number = self._free("base")
+            base = self._publish("base", number, history.folded_content(number, old))
+            new = history.read_base(self.path, base.number, base.digest)
+            segment = self._publish_segment(replace(chain[-1], base=base, parent=None, sealed={}))
+            commit = self._copy(found, segment.file, begin)
+            again, chain_again = history.read_all(self.path, commit.number)
+            write_entries(new.weights, _changes(chain_again, again.snapshot))
+            if not (history.same_bits(old.weights, new.weights) and history.same_bits(old.buffers, new.buffers)):
+                raise FishError(f"{self.path}: what was written does not read back as it was; the old files are kept")
+        except BaseException:
+            with suppress(OSError):  # what was half made would be in the way on a full disk
+                if commit is not None:
+                    remove(commit.path)
+                self._remove_unused()
+            raise
         followed, self._followed = self._followed, None
         if followed is not None and followed.last == found.file and (tuning := followed.tuning()) is not None:
             touched = tuning.originals.indices
             bits = {name: (index, take(raw_bits(old.weights[name]), index)) for name, index in touched.items()}
-            self._followed = replace(followed, segment=segment, last=again.file, below=bits)
+            # After a commit of another mask that failed, the folded segment is not that of the tuning's mask.
+            mask = followed.mask if followed.segment.file == found.segment else chain[-1].mask
+            self._followed = replace(
+                followed, mask=mask, segment=segment, last=again.file, newest=commit.number, below=bits
+            )
+        for paths in files:  # commits first: whenever this stops, the commits that are left have all they need
+            for path in paths:
+                remove(path)
+            sync_directory(self.path)
         return commit
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -522,18 +539,25 @@ class CheckpointLog:
             return
         make_folder(self.path)
         self._lock.acquire()
+        if (known := self._followed) is not None:
+            newest, segment = max(self.numbers, default=0), self._path("segment", known.segment.file.number)
+            if newest != known.newest or not segment.exists():
+                self._followed = None  # another process has written since this one last held the lock
         for path in leftovers(self.path):
             remove(path)
         self._remove_unused()
 
     def _remove_unused(self) -> None:
         """Remove segments and bases that no commit builds on: of a commit that never came, of a halted ``compact``."""
+        sync_directory(self.path)  # a deleted commit that a loss of power brings back would need them
         bases, segments = history.numbered(self.path, "base"), history.numbered(self.path, "segment")
         try:
             parents = {number: container.peek(path, "segment") for number, path in segments.items()}
             commits = [container.peek(path, "commit") for path in history.numbered(self.path, "commit").values()]
         except (FishError, OSError):
             return  # what cannot be read may need anything
+        if self._followed is not None:  # of a commit that failed and may be tried again
+            commits.append(self._followed.segment.file.written("segment"))
         used: set[int] = set()
         for metadata in commits:
             number: int | None = int(metadata["segment"])
@@ -579,6 +603,8 @@ class CheckpointLog:
         tree.pack(moments.rest if moments else None, "the optimizer's state")
         now = generators.capture()
         self._claim()
+        if self._following(tuning) is not known or (known is None and self.numbers):
+            return self._prepare(tuning, optimizer, step, state)  # another process has written meanwhile
         if known is None or not stays:
             known = self._begin_segment(tuning, known, now)
         elif known.loads != tuning.loads:  # weights may have come along that are not the base's
@@ -618,7 +644,8 @@ class CheckpointLog:
         below = dict(known.below) if known else {}
         _lay_over(below, sealed)
         originals = known.originals if known else base
-        self._followed = _Followed(ref(tuning), tuning.mask, originals, segment, last, below, tuning.loads)
+        newest = known.newest if known else 0
+        self._followed = _Followed(ref(tuning), tuning.mask, originals, segment, last, newest, below, tuning.loads)
         return self._followed
 
     def _publish_segment(self, segment: Segment) -> Segment:
@@ -643,7 +670,7 @@ class CheckpointLog:
         """Write a prepared commit and delete those that are not to be kept; a thread does it for ``commit_async``."""
         file = self._publish("commit", number, content)
         if self._followed is not None:
-            self._followed.last = file
+            self._followed.last, self._followed.newest = file, number
         self._prune()
         return _commit_of(self._path("commit", number), content.metadata, perf_counter() - begin)
 

@@ -2,10 +2,11 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from weakref import WeakSet
 
@@ -36,10 +37,16 @@ def publish(path: Path, parts: Parts) -> None:
     temporary = _write_temporary(path, parts)
     try:
         _link(temporary, path)
-    finally:
+    except BaseException:
+        _discard(temporary)
+        raise
+    try:
         with contextlib.suppress(FileNotFoundError):  # renamed
             temporary.unlink()
-    sync_directory(path.parent)
+        sync_directory(path.parent)
+    except BaseException:
+        _discard(path)
+        raise
 
 
 def replace_file(path: Path, parts: Parts) -> None:
@@ -58,11 +65,16 @@ def replace_file(path: Path, parts: Parts) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and the missing ones above it, durably."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    for folder in reversed(missing):
-        folder.mkdir(exist_ok=True)
-        sync_directory(folder.parent)
+    """Make a folder and the missing ones above it, durably.
+
+    One that is there already is made durable too: whoever made it may have died before it was.
+    """
+    missing = list(itertools.takewhile(lambda folder: not folder.exists(), (path, *path.parents)))
+    for folder in (missing[-1].parent if missing else path, *reversed(missing)):
+        if folder in missing:
+            folder.mkdir(exist_ok=True)
+        with contextlib.suppress(PermissionError):  # a folder above that this user may not list
+            sync_directory(folder.parent)
 
 
 def remove(path: Path) -> None:
@@ -138,8 +150,9 @@ class Lock:
         self._path = path
         self._handle: int | None = None
 
-    def __del__(self) -> None:
-        self.release()
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when Python ends
+        if self._handle is not None:
+            close(self._handle)
 
     @property
     def held(self) -> bool:

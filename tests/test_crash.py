@@ -1,0 +1,534 @@
+"""What is left of a checkpoint log after a loss of power, a full disk, a killed process, a second writer."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import datetime, tzinfo
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+import fishmask.log
+from fishmask import CheckpointLog, FishError, history
+from fishmask.publish import leftovers
+from tests.kill import Training, digest_of, references
+from tests.trace import Disk, Killed, Operation, State, crash_states, write_state
+
+KEEP = {"keep_last": 2, "keep_every": 4}
+REFERENCES = references(16)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do without waiting for the disk where durability is not what is tested."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+# --- loss of power ----------------------------------------------------------------------------------------------------
+
+
+def follow(disk: Disk, log: CheckpointLog, training: Training, plan: str) -> None:
+    """Train and commit: c is a step and a commit, b one that is written behind the training, f folds the log."""
+    for word in plan:
+        if word != "f":
+            training.advance()
+        disk.mark("begin", training.digest())
+        if word == "f":
+            commit = log.compact()
+        elif word == "c":
+            commit = training.commit(log)
+        else:
+            commit = training.commit(log, behind=True).result()
+        disk.mark("done", commit.number)
+
+
+class Standing(datetime):
+    """A clock that stands."""
+
+    @classmethod
+    def now(cls, zone: tzinfo | None = None) -> datetime:
+        return datetime(2000, 1, 1, tzinfo=zone)
+
+
+def record(
+    plan: str, root: Path, killed: int | None = None, mutant: Callable[[pytest.MonkeyPatch], None] | None = None
+) -> list[Operation]:
+    """Write down what a training does to the disk; one that is killed before an operation is resumed by another."""
+    root.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(root).install(patch)
+        operations, names = count(), count()
+
+        def die(kind: str, path: str) -> None:
+            if killed is not None and next(operations) >= killed:
+                raise Killed
+
+        disk.before = die
+        # Without what differs between runs, states that are equal are known to be.
+        patch.setattr("fishmask.log.datetime", Standing)
+        patch.setattr("fishmask.publish.secrets.token_hex", lambda size: f"{next(names):0{2 * size}x}")
+        if mutant is not None:
+            mutant(patch)
+        log = CheckpointLog(root / "log", **KEEP)
+        try:
+            follow(disk, log, Training(), plan)
+        except Killed:
+            disk.before = lambda kind, path: None
+            disk.mark("killed")
+            log.close()
+            names = count(1000)
+            with CheckpointLog(root / "log", **KEEP) as log:
+                follow(disk, log, Training().resume(log) if log.numbers else Training(), "cc")
+        log.close()
+    return disk.trace
+
+
+class Recovered:
+    """What new processes make of a state: the digest of the training, the commits, what is wrong."""
+
+    def __init__(self, state: State, root: Path, process: Training, other: Training) -> None:
+        self.digest: str | None = None
+        self.numbers: set[int] = set()
+        self.problem = ""
+        write_state(state, root)
+        try:
+            with CheckpointLog(root / "log", **KEEP) as log:
+                self.numbers = set(log.numbers)
+                if self.numbers:
+                    self.digest = process.resume(log).digest()
+                process.advance()
+                process.commit(log)
+                if (wrong := log.verify()) or (wrong := leftovers(log.path)):
+                    self.problem = f"after another commit: {wrong}"
+            if other.resume(CheckpointLog(root / "log")).digest() != process.digest():
+                self.problem = "another commit is not what comes back"
+        except (FishError, OSError) as error:
+            self.problem = str(error)
+        shutil.rmtree(root)
+
+
+class Enumeration:
+    """Checks every state that a loss of power may leave; states of equal content are recovered once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.checked = 0
+        self.recovered: dict[frozenset, Recovered] = {}
+        self._folder = folder
+        self._processes = Training(1), Training(2)
+
+    def violations(self, trace: list[Operation]) -> Iterator[str]:
+        """Yield what goes wrong where; with a kill in the trace, in the process after it."""
+        start = next((i for i, operation in enumerate(trace) if operation.kind == "killed"), 0)
+        promised = list(_promised(trace))
+        for position, state in crash_states(trace, seed=0, start=start):
+            self.checked += 1
+            key = frozenset(state.items())
+            if key not in self.recovered:
+                self.recovered[key] = Recovered(state, self._folder / "state", *self._processes)
+            found, (allowed, numbers) = self.recovered[key], promised[position]
+            where = f"power lost after operation {position} {trace[position - 1][:2]}, leaving {sorted(state)}"
+            if found.problem:
+                yield f"{where}: {found.problem}"
+            elif found.digest not in allowed:
+                yield f"{where}: what came back is neither the last acknowledged commit nor the one under way"
+            elif numbers - found.numbers:
+                yield f"{where}: commits {numbers - found.numbers} are missing"
+
+
+def _promised(trace: list[Operation]) -> Iterator[tuple[set[str | None], set[int]]]:
+    """Yield what may come back after each operation (None: nothing), and which commits must be there."""
+    begun: str | None = None
+    allowed: set[str | None] = {None}
+    numbers: set[int] = set()
+    yield allowed, numbers
+    for kind, path, _, data in trace:
+        if kind == "begin":
+            begun, allowed = data, allowed | {data}
+        elif kind == "done":
+            allowed, numbers = {begun}, numbers | {data}
+        elif kind == "unlink" and (match := re.fullmatch(r"log/commit-(\d+)\.safetensors", path)):
+            numbers = numbers - {int(match[1])}
+        yield allowed, numbers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["ccbccbcccc", "ccccccfcfb"])
+def test_no_loss_of_power_loses_an_acknowledged_commit(tmp_path, unsynced, plan):
+    enumeration = Enumeration(tmp_path)
+    trace = record(plan, tmp_path / "run")
+    assert REFERENCES[plan.replace("f", "").__len__()] == trace[-1 - [o.kind for o in trace[::-1]].index("begin")].data
+    assert list(enumeration.violations(trace)) == []
+    assert enumeration.checked > 1000 and len(enumeration.recovered) > 300, "the states have not been enumerated"
+    print(f"{enumeration.checked} states, {len(enumeration.recovered)} of different content")
+
+
+@pytest.mark.slow
+def test_no_loss_of_power_after_a_kill_loses_an_acknowledged_commit(tmp_path, unsynced):
+    """What a killed process had written is there for the next one, but not durable yet."""
+    enumeration = Enumeration(tmp_path)
+    kills = 0
+    for killed in count():
+        trace = record("ccfc", tmp_path / f"run{killed}", killed)
+        kinds = [operation.kind for operation in trace]
+        if "killed" not in kinds:
+            break
+        if kinds[kinds.index("killed") - 1] != "write":  # the bytes of temporary files, which are cleared away
+            kills += 1
+            assert list(enumeration.violations(trace)) == []
+    assert kills > 40 and enumeration.checked > 5000
+    print(f"{kills} kills, {enumeration.checked} states, {len(enumeration.recovered)} of different content")
+
+
+# --- errors of the disk -----------------------------------------------------------------------------------------------
+
+
+class Failing:
+    """Fails the operation of a number and, when the disk is full, all later ones that need room."""
+
+    def __init__(self, at: int, number: int) -> None:
+        self.at, self.number = at, number
+        self.hit = ""
+        self._seen = count()
+
+    def __call__(self, kind: str, path: str) -> None:
+        if kind != "unlink" and (
+            next(self._seen) == self.at or (self.hit and self.number == errno.ENOSPC and kind in ("create", "write"))
+        ):
+            self.hit = self.hit or f"{kind} {path}"
+            raise OSError(self.number, os.strerror(self.number))
+
+
+def begun(folder: Path, steps: int) -> None:
+    with CheckpointLog(folder) as log:
+        training = Training()
+        for _ in range(steps):
+            training.advance()
+            training.commit(log)
+
+
+def check_commits(folder: Path, numbers: list[int]) -> None:
+    """Whether commits are what they were; the n-th was made after n steps."""
+    for number in numbers:
+        assert digest_of(folder, at=number) == REFERENCES[number]
+
+
+# The mask changes with step 5.
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize(("steps", "act"), [(0, "commit"), (2, "commit"), (4, "commit"), (2, "behind"), (5, "compact")])
+def test_an_error_of_the_disk_comes_out_and_costs_nothing_else(tmp_path, monkeypatch, unsynced, steps, act, number):
+    begun(tmp_path / "begun", steps)
+    disk = Disk(tmp_path / "run").install(monkeypatch)
+    for at in count():
+        shutil.rmtree(disk.root, ignore_errors=True)
+        if steps:
+            shutil.copytree(tmp_path / "begun", disk.root)
+        with CheckpointLog(disk.root) as log:
+            training = Training()
+            if steps:
+                training.resume(log)
+            if act != "compact":
+                training.advance()
+            disk.before = failing = Failing(at, number)
+            try:
+                if act == "compact":
+                    log.compact()
+                elif act == "commit":
+                    training.commit(log)
+                else:
+                    training.commit(log, behind=True)
+                    log.wait()
+            except OSError as error:
+                assert failing.hit and error.errno == number
+            else:
+                assert not failing.hit, f"no error came out of {failing.hit}"
+                break
+            assert not disk.root.exists() or leftovers(disk.root) == []
+            folded = act == "compact" and log.numbers[-1] > steps  # it failed while it deleted what is old
+            if not folded:
+                check_commits(disk.root, list(range(1, steps + 1)))
+            disk.before = lambda kind, path: None
+            if act == "compact":
+                assert digest_of(disk.root) == REFERENCES[steps]
+                assert folded or len(history.numbered(disk.root, "base")) == 1, "what was half made is in the way"
+                log.compact()
+                assert len(log.numbers) == 1
+            else:
+                training.commit(log)
+                check_commits(disk.root, list(range(1, steps + 1)))
+            assert digest_of(disk.root) == training.digest() and log.verify() == []
+            training.advance()
+            training.commit(log)
+        with CheckpointLog(disk.root) as log:  # clears away what is not needed
+            again = Training(seed=1).resume(log)
+            assert again.digest() == training.digest()
+            again.commit(log)
+            assert log.verify() == [] and len(history.numbered(disk.root, "base")) == 1
+    assert at > {"commit": 8, "behind": 8, "compact": 30}[act]
+
+
+@pytest.mark.parametrize("surface", ["wait", "close", "commit", "commit_async", "restore", "compact"])
+def test_an_error_behind_the_training_surfaces_once(tmp_path, monkeypatch, unsynced, surface):
+    begun(tmp_path, 2)
+    disk = Disk(tmp_path).install(monkeypatch)
+    log = CheckpointLog(tmp_path)
+    training = Training().resume(log)
+    training.advance()
+    disk.before = Failing(2, errno.ENOSPC)
+    training.commit(log, behind=True).exception()  # waits, and raises nothing
+    disk.before = lambda kind, path: None
+    with pytest.raises(OSError, match="No space left"):
+        if surface.startswith("commit"):
+            training.commit(log, behind=surface == "commit_async")
+        elif surface == "restore":
+            training.resume(log)
+        else:
+            getattr(log, surface)()
+    assert log.numbers == [1, 2]
+    log.wait()
+    training.commit(log)
+    log.close()
+    check_commits(tmp_path, [1, 2, 3])
+
+
+@pytest.mark.parametrize("which", ["commit", ".commit"])
+def test_files_that_cannot_be_deleted_do_not_harm_the_log(tmp_path, monkeypatch, unsynced, which):
+    disk = Disk(tmp_path / "run").install(monkeypatch)
+    training = Training()
+    with CheckpointLog(disk.root, keep_last=1) as log:
+        training.advance()
+        training.commit(log)
+
+        def refuse(kind: str, path: str) -> None:
+            if kind == "unlink" and path.startswith(which):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        disk.before = refuse
+        for steps in (2, 3):
+            training.advance()
+            with pytest.raises(OSError, match="Input/output error"):
+                training.commit(log)
+            assert digest_of(disk.root) == REFERENCES[steps if which == "commit" else 1]
+        with pytest.raises(OSError, match="Input/output error"):
+            log.compact()
+        assert digest_of(disk.root) == REFERENCES[3 if which == "commit" else 1]
+        disk.before = lambda kind, path: None
+        training.advance()
+        training.commit(log)
+        assert log.verify() == []
+    with CheckpointLog(disk.root, keep_last=1) as log:
+        training = Training(seed=1).resume(log)
+        assert training.digest() == REFERENCES[4]
+        training.advance()
+        training.commit(log)
+        assert leftovers(disk.root) == [] and log.verify() == [] and len(log.numbers) == 1
+
+
+def lie(patch: pytest.MonkeyPatch, disk: Disk, name: str) -> None:
+    """Have the disk change a byte of what is written to a file of that name, and say that all is well."""
+    honest = os.write
+
+    def write(handle: int, data: memoryview) -> int:
+        damaged = bytearray(data)
+        if name in disk.path_of(handle):
+            damaged[len(damaged) // 2] ^= 1
+        return honest(handle, damaged)
+
+    patch.setattr(os, "write", write)
+
+
+def check_lies(folder: Path, name: str) -> None:
+    """Fold a log on a disk that damages what it writes: the folding must fail, and cost nothing."""
+    begun(folder / "log", 3)
+    log = CheckpointLog(folder / "log")
+    with pytest.MonkeyPatch.context() as patch:
+        lie(patch, Disk(folder).install(patch), name)
+        with pytest.raises(FishError, match=r"damaged|first bytes"):
+            log.compact()
+    assert log.verify() == []
+    check_commits(folder / "log", [1, 2, 3])
+    assert digest_of(log.path) == REFERENCES[3]
+
+
+@pytest.mark.parametrize("name", ["base", "segment", "commit"])
+def test_the_old_files_are_deleted_after_the_new_ones_were_read_back(tmp_path, unsynced, name):
+    check_lies(tmp_path, name)
+
+
+# --- other processes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 4])  # nothing yet; a mask has ended
+def test_a_commit_that_failed_can_be_made_after_closing(tmp_path, monkeypatch, unsynced, steps):
+    """Taking the lock again clears away what no commit builds on; what the next one will build on must stay."""
+    log, training = CheckpointLog(tmp_path), Training()
+    for _ in range(steps):
+        training.advance()
+        training.commit(log)
+    training.advance()
+    publish = fishmask.log.publish
+
+    def full(path: Path, parts: object) -> None:
+        if path.name.startswith("commit"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        publish(path, parts)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("fishmask.log.publish", full)
+        training.commit(log)
+    log.close()
+    training.commit(log)
+    assert log.verify() == []
+    assert digest_of(tmp_path) == REFERENCES[steps + 1]
+
+
+def test_folding_after_a_commit_of_another_mask_failed(tmp_path, monkeypatch, unsynced):
+    log, training = CheckpointLog(tmp_path), Training()
+    for step in range(5):  # the mask changes with the last
+        training.advance()
+        if step < 4:
+            training.commit(log)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("fishmask.log.history.commit_content", fail)
+        training.commit(log)
+    log.compact()
+    assert digest_of(tmp_path) == REFERENCES[4]
+    training.commit(log)
+    assert log.verify() == []
+    assert digest_of(tmp_path) == REFERENCES[5]
+
+
+def fail(*arguments: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("other", ["compact", "commit", "reinstate", "clear"])
+def test_a_log_that_another_process_has_written_to_must_be_restored_first(tmp_path, unsynced, other):
+    log, training = CheckpointLog(tmp_path), Training()
+    training.advance()
+    training.commit(log)
+    if other == "clear":  # the segment of a commit that did not come
+        for _ in range(4):
+            training.advance()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr("fishmask.log.history.commit_content", fail)
+            training.commit(log)
+    log.close()
+    with CheckpointLog(tmp_path) as second:
+        another = Training(seed=1).resume(second)
+        if other == "commit":
+            another.advance()
+            another.commit(second)
+        elif other == "reinstate":
+            second.reinstate(1)
+        else:
+            second.compact()
+    files = sorted(tmp_path.iterdir())
+    with pytest.raises(FishError, match="restore one first"):
+        training.commit(log)
+    assert sorted(tmp_path.iterdir()) == files and log.verify() == []
+    training.resume(log)
+    training.advance()
+    training.commit(log)
+    assert log.verify() == []
+    assert digest_of(tmp_path) == training.digest()
+
+
+def test_the_first_commit_of_another_process_may_come_in_between(tmp_path, monkeypatch, unsynced):
+    """Between the look at an empty folder and the taking of its lock."""
+    log, training = CheckpointLog(tmp_path), Training()
+    training.advance()
+    make_folder = fishmask.log.make_folder
+
+    def late(path: Path) -> None:
+        patch.undo()
+        begun(tmp_path, 2)
+        make_folder(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fishmask.log.make_folder", late)
+        with pytest.raises(FishError, match="restore one first"):
+            training.commit(log)
+    log.close()
+    assert log.numbers == [1, 2]
+    check_commits(tmp_path, [1, 2])
+
+
+def ask(*arguments: object) -> object:
+    command = [sys.executable, "-m", "tests.kill", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_one_of_several_processes_may_write(tmp_path):
+    told = ask("writers", tmp_path / "log", 4)
+    winners = [lines for lines in told if lines[0][0] == "done"]
+    assert len(winners) == 1 and len(winners[0]) == 10
+    for lines in told:
+        if lines not in winners:
+            assert len(lines) == 1 and " ".join(lines[0]).startswith("error FishError"), lines
+    log = CheckpointLog(tmp_path / "log")
+    assert log.verify() == [] and log.numbers == list(range(1, 11))
+    for _, step, digest in winners[0]:
+        assert digest_of(log.path, at=int(step)) == digest
+
+
+def check_second_writer(folder: Path) -> None:
+    """Where the system has no locks, the first name is the first come's; the other one is told."""
+    begun(folder, 2)
+    first, second = CheckpointLog(folder), CheckpointLog(folder)
+    training, other = Training().resume(first), Training().resume(second)
+    training.advance()
+    other.tuning.values.mul_(2)  # so that it can be seen whose commit is there
+    publish = fishmask.log.publish
+    expected = training.digest()
+
+    def late(path: Path, parts: object) -> None:
+        patch.undo()
+        training.commit(first)
+        publish(path, parts)
+
+    with pytest.MonkeyPatch.context() as locks, pytest.MonkeyPatch.context() as patch:
+        locks.setattr("fcntl.flock", without_locks)
+        patch.setattr("fishmask.log.publish", late)
+        with pytest.raises(FishError, match="appeared meanwhile: another process writes to this log"):
+            other.commit(second)
+    first.close()
+    second.close()
+    assert first.verify() == [] and digest_of(folder, at=3) == expected
+    check_commits(folder, [1, 2])
+
+
+def without_locks(*arguments: object) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_without_locks_a_second_writer_overwrites_nothing(tmp_path, unsynced):
+    check_second_writer(tmp_path)
+
+
+@pytest.mark.slow
+def test_no_kill_loses_an_acknowledged_commit(tmp_path):
+    seen = ask("kills", tmp_path, 0, 220)
+    print(seen)
+    assert seen["killed"] >= 200
+    assert {name: seen[name] for name in ("lost", "wrong")} == {"lost": 0, "wrong": 0}
+    assert "errors" not in seen
+    assert seen["finished"] >= 3 and seen["killed after commit"] >= 50 and seen["killed after compact"] >= 20
+    assert seen["later than promised"] >= 1, "no kill came between the durable commit and its acknowledgement"
