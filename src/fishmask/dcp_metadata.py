@@ -30,8 +30,7 @@ RANK_FILE = re.compile(r"rank-\d{5,}-[0-9a-f]{16}\.data")
 VERSION = 1
 
 # The digest comes first, so it stands at a fixed place that a reader finds without parsing anything.
-_START = b'{"digest":"'
-_DIGEST_AT = len(_START)
+_DIGEST_AT = len(b'{"digest":"')
 _DIGEST_END = _DIGEST_AT + 64
 
 # Every dtype whose elements are whole bytes. A view as one of the quantized dtypes crashes the process.
@@ -149,7 +148,7 @@ def decode(path: Path) -> tuple[Metadata, str]:
             f"of a save that finished"
         ) from error
     digest = _digest(data)
-    if not data.startswith(_START) or data[_DIGEST_AT:_DIGEST_END] != digest.encode():
+    if data[_DIGEST_AT:_DIGEST_END] != digest.encode():
         raise FishError(f"{path} is damaged: its content does not match its digest; load another checkpoint")
     with refusing(path):
         return _metadata(path, json.loads(data)), digest
