@@ -765,3 +765,83 @@ def test_a_commit_is_as_small_as_its_numbers(
     assert len(optimizer.state) > tensors * 0.7
     for commit in log.commits:
         assert commit.bytes <= 4 * tuning.mask.k + moments + 4096
+
+
+# --- others at work ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["restore", "mask", "export", "allow_older"])
+def test_a_reader_finds_the_newer_commit_when_the_one_it_saw_is_gone(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, model = Training(A), aside(Net)
+    writer, reader = CheckpointLog(tmp_path / "log", keep_last=1), CheckpointLog(tmp_path / "log")
+    training.run(1).commit(writer)
+    real, turns = history.read_all, iter([True, True, False])
+
+    def slow(folder: Path, number: int) -> Any:
+        if next(turns):  # a commit comes between listing and reading, twice
+            training.run(1).commit(writer)
+        return real(folder, number)
+
+    monkeypatch.setattr(history, "read_all", slow)
+    calls: dict[str, Callable[[], Any]] = {
+        "restore": lambda: reader.restore(model).commit.number,
+        "allow_older": lambda: len(reader.restore(model, allow_older=True).skipped) + 3,
+        "mask": reader.mask,
+        "export": lambda: reader.export(tmp_path / "out").name,
+    }
+    assert calls[call]() in (3, A, "model.safetensors")
+    assert writer.numbers == [3]
+    if call in ("restore", "allow_older"):
+        assert not differences(sorted_by_name(model.state_dict()), training.state()["model"])
+    writer.close()
+
+
+def test_listing_and_verifying_while_commits_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training, log = Training(A), CheckpointLog(tmp_path)
+    made = [training.commit(log, step) for step in range(4)]
+    log.close()
+    for number in (1, 2):
+        gone = path_in(tmp_path, f"commit-{number:08d}")
+        real = history.numbered
+
+        def before(folder: Path, kind: str, gone: Path = gone, real: Any = real) -> dict[int, Path]:
+            listed = real(folder, kind)
+            if kind == "commit":
+                gone.unlink(missing_ok=True)
+            return listed
+
+        monkeypatch.setattr(history, "numbered", before)
+        if number == 1:
+            assert log.commits == made[1:]
+        else:
+            assert log.verify() == []
+
+
+class Late(nn.Module):
+    """Has a buffer more, or another one, in the middle of its training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("first", torch.zeros(2))
+
+
+@pytest.mark.parametrize("shape", ["first", "second"])
+def test_buffers_that_a_model_lacks_are_named_before_anything_changes(shape: str, tmp_path: Path) -> None:
+    model, mask = Late(), Mask.from_indices({"layer.weight": [0, 4]})
+    tuning = fishmask.attach(model, mask)
+    with CheckpointLog(tmp_path) as log:
+        log.commit(tuning)
+        model.register_buffer(shape, torch.ones(4))
+        log.commit(tuning)
+        other, plain = Late(), Late()
+        found = fishmask.attach(other, mask)
+        for target in (plain, other, found):
+            before = state_of(plain if target is plain else other)
+            with pytest.raises(
+                FishError, match=rf"buffer {shape}: .*float32 \[4\] in the (commit|log), .* in the model"
+            ):
+                log.restore(target)
+            assert same(state_of(plain if target is plain else other), before)

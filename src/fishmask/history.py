@@ -151,6 +151,7 @@ class CommitFile(NamedTuple):
     segment: Reference
     metadata: dict[str, str]
     snapshot: Snapshot
+    size: int  # in bytes
 
 
 def describe(tensor: Tensor) -> str:
@@ -352,7 +353,8 @@ def read_commit(folder: Path, number: int) -> "CommitFile":
         if segment is None:
             raise ValueError("no segment is named")
         snapshot = Snapshot(values, moments, held["buffers"], held["rng"], held["state"])
-        return CommitFile(Reference(number, content.digest), segment, content.metadata, snapshot)
+        size = path.stat().st_size
+        return CommitFile(Reference(number, content.digest), segment, content.metadata, snapshot, size)
 
 
 def read_all(folder: Path, number: int) -> "tuple[CommitFile, list[Segment]]":

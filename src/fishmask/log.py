@@ -6,6 +6,7 @@ a restore walks no chain within one mask, and once acknowledged it survives the 
 power. ``docs/checkpoints.md`` is the guide.
 """
 
+import contextlib
 import operator
 import os
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ from fishmask.mask import Mask
 from fishmask.moments import check_members, gather
 from fishmask.params import canonical_parameters, take
 from fishmask.publish import Lock, leftovers, make_folder, publish, remove, replace_file, sync_directory
-from fishmask.resume import check_base, check_request, fill, resume
+from fishmask.resume import check_base, check_buffers, check_request, fill, resume
 
 Overlay = dict[str, tuple[Tensor, Tensor]]  # name -> sorted flat indices, bits as integers; on the CPU
 
@@ -173,8 +174,11 @@ class CheckpointLog:
         Raises:
             FishError: A header cannot be read.
         """
-        files = history.numbered(self.path, "commit").values()
-        return [_commit_of(path, container.peek(path, "commit")) for path in files]
+        found = []
+        for path in history.numbered(self.path, "commit").values():
+            with contextlib.suppress(FileNotFoundError):  # whoever writes may delete it meanwhile
+                found.append(_commit_of(path, container.peek(path, "commit"), path.stat().st_size))
+        return found
 
     @property
     def numbers(self) -> list[int]:
@@ -191,7 +195,8 @@ class CheckpointLog:
             FishError: There is no such commit, or a file is damaged.
         """
         found, chain, _ = self._newest_intact(at, allow_older=False)
-        return _commit_of(self._path("commit", found.file.number), found.metadata), chain, found.snapshot
+        commit = _commit_of(self._path("commit", found.file.number), found.metadata, found.size)
+        return commit, chain, found.snapshot
 
     def mask(self, at: int | None = None) -> Mask:
         """Return the mask of a commit, so that a script that resumes need not choose it again.
@@ -256,6 +261,7 @@ class CheckpointLog:
         if known is None or known.originals != chain[-1].base or not known.base_unchanged():
             base = history.read_base(self.path, chain[-1].base.number, chain[-1].base.digest)
             check_base(base, plain, tuning)
+        check_buffers(snapshot, plain, path)
         if tuning is not None:
             resume(tuning, optimizer, base, chain, snapshot)
             below: Overlay = {}
@@ -270,7 +276,7 @@ class CheckpointLog:
                 generators.reinstate({**chain[-1].rng, **snapshot.rng})
         elif base is not None:
             fill(plain, base, chain, snapshot)
-        commit = _commit_of(path, found.metadata)
+        commit = _commit_of(path, found.metadata, found.size)
         return Restored(commit, commit.step, snapshot.state, skipped, tuning)
 
     def verify(self) -> list[Problem]:
@@ -304,7 +310,7 @@ class CheckpointLog:
                     sound[kind][number] = file.digest
                 except (FishError, OSError) as error:
                     problems.append(Problem(path, str(error)))
-        return problems
+        return [problem for problem in problems if problem.path.exists()]  # whoever writes may delete some meanwhile
 
     def export(self, folder: str | os.PathLike[str], *, at: int | None = None, model: nn.Module | None = None) -> Path:
         """Write the whole model of a commit as a plain ``model.safetensors`` that needs no fishmask.
@@ -517,6 +523,8 @@ class CheckpointLog:
             try:
                 return *history.read_all(self.path, number), skipped
             except (FishError, OSError) as error:
+                if at is None and self.numbers and number not in self.numbers:
+                    return self._newest_intact(at, allow_older)  # deleted meanwhile: there is a newer one
                 older = [n for n in numbers if n < number]
                 if at is not None or not older:
                     raise
@@ -672,7 +680,8 @@ class CheckpointLog:
         if self._followed is not None:
             self._followed.last, self._followed.newest = file, number
         self._prune()
-        return _commit_of(self._path("commit", number), content.metadata, perf_counter() - begin)
+        path = self._path("commit", number)
+        return _commit_of(path, content.metadata, path.stat().st_size, perf_counter() - begin)
 
     def _prune(self) -> None:
         if self._keep_last is None and self._keep_every is None:
@@ -692,16 +701,17 @@ class CheckpointLog:
             **found.file.written("parent"),
         }
         self._publish("commit", number, history.commit_content(metadata, found.snapshot))
-        return _commit_of(self._path("commit", number), metadata, perf_counter() - begin)
+        path = self._path("commit", number)
+        return _commit_of(path, metadata, path.stat().st_size, perf_counter() - begin)
 
 
-def _commit_of(path: Path, metadata: Mapping[str, str], seconds: float = 0.0) -> Commit:
+def _commit_of(path: Path, metadata: Mapping[str, str], size: int, seconds: float = 0.0) -> Commit:
     with container.refusing(path):
         return Commit(
             int(metadata["number"]),
             int(metadata["step"]),
             path,
-            path.stat().st_size,
+            size,
             metadata["time"],
             metadata["mask"],
             int(metadata["segment"]),

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from fishmask.attach import Tuning
 from fishmask.errors import FishError
-from fishmask.history import Base, Segment, Snapshot, by_name, write_entries
+from fishmask.history import Base, Segment, Snapshot, by_name, describe, write_entries
 from fishmask.moments import check_groups, give_back
 from fishmask.originals import Originals, persistent_buffers
 
@@ -29,6 +29,19 @@ def check_request(snapshot: Snapshot, optimizer: Optimizer | None, state: Mappin
     if missing := [name for name in state if name not in snapshot.state]:
         known = ", ".join(snapshot.state) or "nothing"
         raise ValueError(f"{path} holds no state of {', '.join(missing)}; it holds: {known}")
+
+
+def check_buffers(snapshot: Snapshot, model: nn.Module, path: Path) -> None:
+    """Raise FishError unless ``model`` has the buffers that a commit holds, some of which the base may lack."""
+    here = {name: describe(buffer) for name, buffer in persistent_buffers(model).items()}
+    wrong = [
+        f"buffer {name}: {describe(buffer)} in the commit, {here.get(name, 'none')} in the model"
+        for name, buffer in snapshot.buffers.items()
+        if here.get(name) != describe(buffer)
+    ]
+    if wrong:
+        listed = ";\n  ".join(wrong)
+        raise FishError(f"the model is not the one of {path}:\n  {listed}")
 
 
 def check_base(base: Base, model: nn.Module, tuning: Tuning | None) -> None:
