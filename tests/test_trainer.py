@@ -267,6 +267,13 @@ def test_best_model_and_limit(tmp_path: Path, strategy: str, limit: int | None) 
     assert not differences(whole, Run(other, **settings).train(resume=True).state())
 
 
+def test_best_model_that_was_saved_before_it_was_evaluated(tmp_path: Path) -> None:
+    settings = {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # so the first one is the best
+    run = Run(tmp_path, eval_strategy="epoch", save_steps=3, **settings).train()
+    assert run.trainer.state.best_global_step == 6
+    assert run.trainer.state.best_model_checkpoint == str(tmp_path / "out" / "checkpoint-6")
+
+
 def test_limit_keeps_the_newest(tmp_path: Path) -> None:
     run = Run(tmp_path, save_steps=1, save_total_limit=3).train()
     assert folders(tmp_path) == [10, 11, 12]
