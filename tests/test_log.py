@@ -211,6 +211,7 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "polynomial": lambda o: schedulers.PolynomialLR(o, 9, 2.0),
     "cyclic": lambda o: schedulers.CyclicLR(o, 0.001, 0.01, 2, cycle_momentum=False, mode="exp_range"),
     "plateau": lambda o: schedulers.ReduceLROnPlateau(o, factor=0.5, patience=0, cooldown=1, threshold=0.5),
+    "swa": lambda o: torch.optim.swa_utils.SWALR(o, 0.05, 3),
     "lambda": lambda o: schedulers.LambdaLR(o, lambda step: 1 / (1 + step)),
     "sequential": lambda o: schedulers.SequentialLR(
         o, [schedulers.LinearLR(o, 0.1, total_iters=3), schedulers.MultiStepLR(o, [1, 2])], milestones=[4]
@@ -383,6 +384,21 @@ def test_every_commit_of_a_story_of_masks_resumes(name: str, dtype: torch.dtype,
     CheckpointLog(tmp_path).restore(plain)
     assert not differences(sorted_by_name(plain.state_dict()), end["model"])
     assert CheckpointLog(tmp_path).verify() == []
+
+
+@pytest.mark.parametrize("name", ["two groups", "named groups"])
+@pytest.mark.parametrize("later", [B, Mask.from_indices({"up.bias": [0, 1], "down.bias": [0]})], ids=["B", "one group"])
+def test_groups_over_a_change_of_mask_resume(name: str, later: Mask, tmp_path: Path) -> None:
+    through = Training(A, OPTIMIZERS[name]).run(2)
+    with CheckpointLog(tmp_path) as log:
+        for mask in (later, A, later):
+            change(through, mask)
+            through.run(1).commit(log)
+        through.run(2)
+        again = Training(log.mask(), OPTIMIZERS[name], seed=4)
+    end = through.state()
+    again.restore(CheckpointLog(tmp_path))
+    assert not differences(again.run(2).state(), end)
 
 
 def test_entries_that_left_at_the_base_and_at_odd_bits(tmp_path: Path) -> None:
