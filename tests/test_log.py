@@ -394,9 +394,8 @@ def test_groups_over_a_change_of_mask_resume(name: str, later: Mask, tmp_path: P
         for mask in (later, A, later):
             change(through, mask)
             through.run(1).commit(log)
-        through.run(2)
-        again = Training(log.mask(), OPTIMIZERS[name], seed=4)
-    end = through.state()
+        end = through.run(2).state()
+    again = Training(log.mask(), OPTIMIZERS[name], seed=4)
     again.restore(CheckpointLog(tmp_path))
     assert not differences(again.run(2).state(), end)
 
