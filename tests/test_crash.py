@@ -5,19 +5,27 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, tzinfo
+from functools import cache
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import fishmask.log
-from fishmask import CheckpointLog, FishError, history
-from fishmask.publish import leftovers
+import fishmask.publish
+from fishmask import CheckpointLog, FishError, container, history
+from fishmask.log import Commit
+from fishmask.moments import gather
+from fishmask.publish import leftovers, remove, replace_file, sync_directory
 from tests.kill import Training, digest_of, references
 from tests.trace import Disk, Killed, Operation, State, crash_states, write_state
 
@@ -117,8 +125,8 @@ class Recovered:
                     self.problem = f"after another commit: {wrong}"
             if other.resume(CheckpointLog(root / "log")).digest() != process.digest():
                 self.problem = "another commit is not what comes back"
-        except (FishError, OSError) as error:
-            self.problem = str(error)
+        except Exception as error:
+            self.problem = repr(error)
         shutil.rmtree(root)
 
 
@@ -131,9 +139,8 @@ class Enumeration:
         self._folder = folder
         self._processes = Training(1), Training(2)
 
-    def violations(self, trace: list[Operation]) -> Iterator[str]:
-        """Yield what goes wrong where; with a kill in the trace, in the process after it."""
-        start = next((i for i, operation in enumerate(trace) if operation.kind == "killed"), 0)
+    def violations(self, trace: list[Operation], start: int = 0) -> Iterator[str]:
+        """Yield what goes wrong when power is lost after ``start`` operations or later."""
         promised = list(_promised(trace))
         for position, state in crash_states(trace, seed=0, start=start):
             self.checked += 1
@@ -189,7 +196,7 @@ def test_no_loss_of_power_after_a_kill_loses_an_acknowledged_commit(tmp_path, un
             break
         if kinds[kinds.index("killed") - 1] != "write":  # the bytes of temporary files, which are cleared away
             kills += 1
-            assert list(enumeration.violations(trace)) == []
+            assert list(enumeration.violations(trace, start=kinds.index("killed"))) == []
     assert kills > 40 and enumeration.checked > 5000
     print(f"{kills} kills, {enumeration.checked} states, {len(enumeration.recovered)} of different content")
 
@@ -227,58 +234,71 @@ def check_commits(folder: Path, numbers: list[int]) -> None:
         assert digest_of(folder, at=number) == REFERENCES[number]
 
 
-# The mask changes with step 5.
+def check_errors(root: Path, steps: int, act: str, number: int) -> None:
+    """Fail each operation of a commit or a folding after that many steps; the mask changes with the fifth."""
+    begun(root / "begun", steps)
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(root / "run").install(patch)
+        at = 0
+        while fails_well(disk, root / "begun", steps, act, Failing(at, number)):
+            at += 1
+    assert at > {"commit": 8, "behind": 8, "compact": 30}[act]
+
+
+def fails_well(disk: Disk, source: Path, steps: int, act: str, failing: Failing) -> bool:
+    """Check one failure; return whether there was one."""
+    shutil.rmtree(disk.root, ignore_errors=True)
+    if steps:
+        shutil.copytree(source, disk.root)
+    with CheckpointLog(disk.root) as log:
+        training = Training()
+        if steps:
+            training.resume(log)
+        if act != "compact":
+            training.advance()
+        disk.before = failing
+        try:
+            if act == "compact":
+                log.compact()
+            elif act == "commit":
+                training.commit(log)
+            else:
+                training.commit(log, behind=True)
+                log.wait()
+        except OSError as error:
+            assert failing.hit and error.errno == failing.number
+        else:
+            assert not failing.hit, f"no error came out of {failing.hit}"
+            return False
+        finally:
+            disk.before = lambda kind, path: None
+        assert not disk.root.exists() or leftovers(disk.root) == []
+        folded = act == "compact" and log.numbers[-1] > steps  # it failed while it deleted what is old
+        if not folded:
+            check_commits(disk.root, list(range(1, steps + 1)))
+        if act == "compact":
+            assert digest_of(disk.root) == REFERENCES[steps]
+            assert folded or len(history.numbered(disk.root, "base")) == 1, "what was half made is in the way"
+            log.compact()
+            assert len(log.numbers) == 1
+        else:
+            training.commit(log)
+            check_commits(disk.root, list(range(1, steps + 1)))
+        assert digest_of(disk.root) == training.digest() and log.verify() == []
+        training.advance()
+        training.commit(log)
+    with CheckpointLog(disk.root) as log:  # clears away what is not needed
+        again = Training(seed=1).resume(log)
+        assert again.digest() == training.digest()
+        again.commit(log)
+        assert log.verify() == [] and len(history.numbered(disk.root, "base")) == 1
+    return True
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize(("steps", "act"), [(0, "commit"), (2, "commit"), (4, "commit"), (2, "behind"), (5, "compact")])
-def test_an_error_of_the_disk_comes_out_and_costs_nothing_else(tmp_path, monkeypatch, unsynced, steps, act, number):
-    begun(tmp_path / "begun", steps)
-    disk = Disk(tmp_path / "run").install(monkeypatch)
-    for at in count():
-        shutil.rmtree(disk.root, ignore_errors=True)
-        if steps:
-            shutil.copytree(tmp_path / "begun", disk.root)
-        with CheckpointLog(disk.root) as log:
-            training = Training()
-            if steps:
-                training.resume(log)
-            if act != "compact":
-                training.advance()
-            disk.before = failing = Failing(at, number)
-            try:
-                if act == "compact":
-                    log.compact()
-                elif act == "commit":
-                    training.commit(log)
-                else:
-                    training.commit(log, behind=True)
-                    log.wait()
-            except OSError as error:
-                assert failing.hit and error.errno == number
-            else:
-                assert not failing.hit, f"no error came out of {failing.hit}"
-                break
-            assert not disk.root.exists() or leftovers(disk.root) == []
-            folded = act == "compact" and log.numbers[-1] > steps  # it failed while it deleted what is old
-            if not folded:
-                check_commits(disk.root, list(range(1, steps + 1)))
-            disk.before = lambda kind, path: None
-            if act == "compact":
-                assert digest_of(disk.root) == REFERENCES[steps]
-                assert folded or len(history.numbered(disk.root, "base")) == 1, "what was half made is in the way"
-                log.compact()
-                assert len(log.numbers) == 1
-            else:
-                training.commit(log)
-                check_commits(disk.root, list(range(1, steps + 1)))
-            assert digest_of(disk.root) == training.digest() and log.verify() == []
-            training.advance()
-            training.commit(log)
-        with CheckpointLog(disk.root) as log:  # clears away what is not needed
-            again = Training(seed=1).resume(log)
-            assert again.digest() == training.digest()
-            again.commit(log)
-            assert log.verify() == [] and len(history.numbered(disk.root, "base")) == 1
-    assert at > {"commit": 8, "behind": 8, "compact": 30}[act]
+def test_an_error_of_the_disk_comes_out_and_costs_nothing_else(tmp_path, unsynced, steps, act, number):
+    check_errors(tmp_path, steps, act, number)
 
 
 @pytest.mark.parametrize("surface", ["wait", "close", "commit", "commit_async", "restore", "compact"])
@@ -532,3 +552,189 @@ def test_no_kill_loses_an_acknowledged_commit(tmp_path):
     assert "errors" not in seen
     assert seen["finished"] >= 3 and seen["killed after commit"] >= 50 and seen["killed after compact"] >= 20
     assert seen["later than promised"] >= 1, "no kill came between the durable commit and its acknowledgement"
+
+
+# --- the checks can fail ----------------------------------------------------------------------------------------------
+
+
+def check_damage(folder: Path) -> None:
+    """Flip bits all over a log; each flip must be found, and none may be loaded."""
+    begun(folder, 2)
+    log = CheckpointLog(folder)
+    for path in (history.path_of(folder, kind, 1) for kind in history.KINDS):
+        data = path.read_bytes()
+        for place in range(0, len(data), len(data) // 60):
+            path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+            assert [problem.path for problem in log.verify()][:1] == [path]
+            with pytest.raises(FishError):
+                Training(seed=1).resume(log, at=1)
+        path.write_bytes(data)
+    assert digest_of(folder, at=1) == REFERENCES[1]
+
+
+def test_damage_is_found(tmp_path, unsynced):
+    check_damage(tmp_path)
+
+
+def no_sync_of(folders: bool) -> Callable[[pytest.MonkeyPatch], None]:
+    def mutate(patch: pytest.MonkeyPatch) -> None:
+        fsync = os.fsync
+
+        def some(handle: int) -> None:
+            if stat.S_ISDIR(os.fstat(handle).st_mode) != folders:
+                fsync(handle)
+
+        patch.setattr(os, "fsync", some)
+
+    return mutate
+
+
+def named_before_synced(patch: pytest.MonkeyPatch) -> None:
+    def publish(path: Path, parts: list[bytes]) -> None:
+        handle = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT)
+        for part in parts:
+            os.write(handle, part)
+        Path(f"{path}.new").rename(path)
+        os.fsync(handle)
+        os.close(handle)
+        sync_directory(path.parent)
+
+    patch.setattr("fishmask.log.publish", publish)
+
+
+def synced_before_named(patch: pytest.MonkeyPatch) -> None:
+    link = fishmask.publish._link
+
+    def swapped(temporary: Path, path: Path) -> None:
+        sync_directory(path.parent)
+        link(temporary, path)
+
+    patch.setattr("fishmask.publish._link", swapped)
+    patch.setattr("fishmask.publish.sync_directory", lambda folder: None)
+
+
+def old_base_deleted_first(patch: pytest.MonkeyPatch) -> None:
+    publish = CheckpointLog._publish
+
+    def deleting(log: CheckpointLog, kind: str, number: int, content: container.Content) -> history.Reference:
+        if kind == "base":
+            remove(history.path_of(log.path, "base", number - 1))
+        return publish(log, kind, number, content)
+
+    patch.setattr(CheckpointLog, "_publish", deleting)
+
+
+def deleted_without_order(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("fishmask.log.sync_directory", lambda folder: None)
+
+
+def folder_not_synced(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("fishmask.log.make_folder", lambda folder: folder.mkdir(exist_ok=True))
+
+
+def acknowledged_early(patch: pytest.MonkeyPatch) -> None:
+    commit = CheckpointLog.commit_async
+    numbers = count(1)
+
+    def early(*arguments: Any, **options: Any) -> Any:
+        commit(*arguments, **options)
+        return SimpleNamespace(number=next(numbers))
+
+    patch.setattr(CheckpointLog, "commit", early)
+
+
+def differences(patch: pytest.MonkeyPatch) -> None:
+    written = history.commit_content
+    values: list[torch.Tensor] = []
+
+    def changed(metadata: dict[str, str], snapshot: history.Snapshot) -> container.Content:
+        values.append(snapshot.values)
+        return written(metadata, replace(snapshot, values=values[-1] - values[0]))
+
+    patch.setattr("fishmask.log.history.commit_content", changed)
+
+
+def no_moments(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("fishmask.log.gather", lambda values, optimizer: gather(values, optimizer)._replace(vectors={}))
+
+
+def no_generators(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("fishmask.log.generators.capture", dict)
+
+
+def no_buffers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("fishmask.originals.Originals.changed_buffers", lambda originals, model: {})
+
+
+def pruned_too_much(patch: pytest.MonkeyPatch) -> None:
+    finish = CheckpointLog._finish
+
+    def early(log: CheckpointLog, number: int, *rest: Any) -> Commit:
+        remove(history.path_of(log.path, "commit", number - 1))
+        return finish(log, number, *rest)
+
+    patch.setattr(CheckpointLog, "_finish", early)
+
+
+@pytest.mark.parametrize(
+    ("plan", "mutant"),
+    [
+        ("ccc", None),
+        ("ccf", None),
+        ("ccc", no_sync_of(folders=False)),
+        ("ccc", no_sync_of(folders=True)),
+        ("ccc", named_before_synced),
+        ("ccc", synced_before_named),
+        ("ccc", acknowledged_early),
+        ("ccc", differences),
+        ("ccc", no_moments),
+        ("ccc", no_generators),
+        ("ccc", no_buffers),
+        ("ccc", pruned_too_much),
+        ("ccf", old_base_deleted_first),
+        ("ccf", deleted_without_order),
+    ],
+)
+def test_a_fault_in_the_log_would_be_seen_after_a_loss_of_power(tmp_path, unsynced, plan, mutant):
+    faulty = record(plan, tmp_path / "run", mutant=mutant)
+    last = max(i for i, operation in enumerate(faulty) if operation.kind == "begin")
+    assert (next(Enumeration(tmp_path).violations(faulty, start=last), None) is None) == (mutant is None)
+
+
+def test_a_folder_that_is_not_durable_would_be_seen(tmp_path, unsynced):
+    faulty = record("c", tmp_path / "run", killed=1, mutant=folder_not_synced)
+    assert faulty[-1].kind == "done"
+    assert "neither the last" in next(Enumeration(tmp_path).violations(faulty, start=len(faulty) - 1))
+
+
+FAILED = (AssertionError, pytest.fail.Exception)
+
+
+def test_a_digest_that_is_not_checked_would_be_seen(tmp_path, monkeypatch, unsynced):
+    def read(path: Path, kind: str) -> container.Content:
+        with container.refusing(path):
+            return container._parse(path, container._bytes_of(path), kind)
+
+    with monkeypatch.context() as patch, pytest.raises(FAILED):
+        patch.setattr(container, "read", read)
+        check_damage(tmp_path)
+
+
+def test_a_base_that_is_not_read_back_would_be_seen(tmp_path, monkeypatch, unsynced):
+    read_base = cache(history.read_base)  # what was read once
+    with monkeypatch.context() as patch, pytest.raises(FAILED):
+        patch.setattr(history, "read_base", lambda folder, number, digest=None: read_base(folder, 1, None))
+        patch.setattr(history, "same_bits", lambda a, b: True)
+        check_lies(tmp_path, "base")
+
+
+def test_what_is_left_after_an_error_would_be_seen(tmp_path, monkeypatch, unsynced):
+    with monkeypatch.context() as patch, pytest.raises(FAILED):
+        patch.setattr("fishmask.publish._discard", lambda path: None)
+        check_errors(tmp_path, 2, "commit", errno.ENOSPC)
+
+
+def test_an_overwriting_second_writer_would_be_seen(tmp_path, monkeypatch, unsynced):
+    with monkeypatch.context() as patch, pytest.raises(FAILED):
+        patch.setattr("fishmask.log.publish", replace_file)
+        check_second_writer(tmp_path)
