@@ -33,7 +33,7 @@ class Module(pl.LightningModule):
     def __init__(self, base: int = 0, width: int = WIDTH, density: float = 0.3) -> None:
         super().__init__()
         torch.manual_seed(base)
-        self.save_hyperparameters()
+        self.save_hyperparameters({"width": width, "activation": torch.relu})  # which a commit cannot hold
         self.rate = 0.05
         self.net = nn.Sequential(
             nn.Linear(4, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 1)
