@@ -1,5 +1,7 @@
+import importlib
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +370,14 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         exec(blocks("Lightning").replace("Trainer(max_epochs=3", f"{quiet}{epochs}"), given)
         assert given["trainer"].current_epoch == epochs
     assert given["trainer"].ckpt_path.endswith("last.ckpt")
+
+
+def test_without_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("lightning", "pytorch_lightning"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "fishmask.lightning")
+    with pytest.raises(FishError, match=r"fishmask\[lightning\]"):
+        importlib.import_module("fishmask.lightning")
 
 
 def test_misuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

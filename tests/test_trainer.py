@@ -1,7 +1,9 @@
 import gc
+import importlib
 import json
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -515,6 +517,13 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exec(code.replace('"run",', '"run", report_to=[], use_cpu=True, disable_tqdm=True, max_steps=300,'), given)
     given["log"].close()
     assert (first, given["trainer"].state.global_step) == (200, 300)
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "fishmask.trainer")
+    with pytest.raises(FishError, match=r"fishmask\[hf\]"):
+        importlib.import_module("fishmask.trainer")
 
 
 def test_misuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
