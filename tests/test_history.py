@@ -304,12 +304,12 @@ def test_nothing_to_fall_back_to(log: tuple[Path, dict[int, Any]]) -> None:
 
 
 class Few(nn.Module):
-    """Few parameters of every kind, in one dtype; buffers of others."""
+    """Few parameters of every kind, in two dtypes or three; buffers of others."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.flat = nn.Parameter(torch.zeros(5, dtype=dtype))
-        self.turned = nn.Parameter(torch.zeros(3, 2, dtype=dtype).T)
+        self.turned = nn.Parameter(torch.zeros(3, 2).T)
         self.strided = nn.Parameter(torch.zeros(4, 2, dtype=dtype)[:, 1])
         self.scalar = nn.Parameter(torch.zeros((), dtype=dtype))
         self.none = nn.Parameter(torch.zeros(0, 3, dtype=dtype))
@@ -509,6 +509,19 @@ def test_the_janitor_takes_nothing_that_could_be_needed(
     assert survey(folder, states) == ([1, 2, 3], {})
 
 
+def test_the_janitor_waits_for_a_segment_that_is_missing(log: tuple[Path, dict[int, Any]]) -> None:
+    folder, states = log
+    path_in(folder, "commit-00000001").unlink()  # so that only the missing segment tells what it builds on
+    data = path_in(folder, "segment-00000002").read_bytes()
+    path_in(folder, "segment-00000002").unlink()
+    before = names(folder)
+    with CheckpointLog(folder) as writer, pytest.raises(FishError, match=r"segment-00000002.safetensors is missing"):
+        writer.reinstate(2)
+    assert names(folder) == before
+    path_in(folder, "segment-00000002").write_bytes(data)
+    assert survey(folder, states) == ([2, 3], {})
+
+
 def test_branches_keep_their_segments(tmp_path: Path) -> None:
     training, states = Training(A), {}
     for start, masks in ((None, (A, B)), (1, (C, B)), (2, (A | B,)), (3, (B,))):
@@ -618,6 +631,22 @@ def test_compact_after_going_back_does_not_mix_histories(tmp_path: Path) -> None
         check_same_history(again, training)
 
 
+def test_entries_that_go_back_to_the_base_of_old_after_compact(tmp_path: Path) -> None:
+    training = Training(A)
+    began = training.tuning.values.clone()
+    with CheckpointLog(tmp_path) as log:
+        training.run(1).commit(log)
+        log.compact()  # the base of the log now has other bits there than the training remembers
+        with torch.no_grad():
+            training.tuning.values.copy_(began)
+        change(training, B)
+        training.commit(log)
+        end = training.state()
+    again = Training(C, seed=5)
+    again.restore(CheckpointLog(tmp_path))
+    assert not differences(again.state(), end)
+
+
 @pytest.mark.parametrize("what", ["commit-00000003", "segment-00000001", "base-00000001"])
 def test_compact_refuses_what_is_damaged(log: tuple[Path, dict[int, Any]], what: str) -> None:
     folder, _ = log
@@ -635,8 +664,14 @@ def test_compact_needs_the_base(tmp_path: Path) -> None:
         with pytest.raises(FishError, match="does not store its base"):
             log.compact()
         assert names(tmp_path) == before
-    with CheckpointLog(tmp_path / "none") as log, pytest.raises(FishError, match="holds no commits"):
-        log.compact()
+    for call in (CheckpointLog.compact, lambda log: log.reinstate(1), CheckpointLog.export):
+        with (
+            CheckpointLog(tmp_path / "none") as log,
+            pytest.raises(FishError, match="holds no commits: there is no such"),
+        ):
+            call(*(log, tmp_path / "out")[: 1 + (call is CheckpointLog.export)])
+    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_compact_of_narrow_weights(tmp_path: Path) -> None:

@@ -439,6 +439,7 @@ class CheckpointLog:
         """
         begin = perf_counter()
         self.wait()
+        self._existing(at)  # before a folder is made
         self._claim()
         found, _, _ = self._newest_intact(at, allow_older=False)
         self._followed = None  # the training that it followed has not gone back
@@ -458,6 +459,7 @@ class CheckpointLog:
         """
         begin = perf_counter()
         self.wait()
+        self._existing(None)  # before a folder is made
         self._claim()
         found, chain, _ = self._newest_intact(None, allow_older=False)
         old = history.read_base(self.path, chain[-1].base.number, chain[-1].base.digest)
@@ -509,8 +511,8 @@ class CheckpointLog:
             self._last[kind] = max(history.numbered(self.path, kind), default=0)
         return self._last[kind] + 1
 
-    def _newest_intact(self, at: int | None, allow_older: bool) -> tuple[CommitFile, list[Segment], list[Problem]]:
-        """Read the commit that is asked for, with its segments, and tell which newer ones had to be skipped."""
+    def _existing(self, at: int | None) -> list[int]:
+        """Return the numbers of all commits; refuse when there are none, or not the one that is asked for."""
         numbers = self.numbers
         if not numbers:
             raise FishError(
@@ -518,6 +520,11 @@ class CheckpointLog:
             )
         if at is not None and at not in numbers:
             raise FishError(f"{self.path} holds no commit {at}; it holds {_listed(numbers)}")
+        return numbers
+
+    def _newest_intact(self, at: int | None, allow_older: bool) -> tuple[CommitFile, list[Segment], list[Problem]]:
+        """Read the commit that is asked for, with its segments, and tell which newer ones had to be skipped."""
+        numbers = self._existing(at)
         skipped: list[Problem] = []
         for number in [at] if at is not None else reversed(numbers):
             try:
