@@ -3,14 +3,16 @@
     python -m benchmarks.checkpoints [--repeats 5] [--models minilm large] [--output results/checkpoints.jsonl]
 
 The models are MiniLM and a BERT of the size of BERT-large (350M entries, random weights); the mask chooses 0.5 %. All
-methods take turns in one process, after a round to warm up, in one folder, and each begins with nothing left to write
-by anyone (`sync`). Seconds to save end when file and name are durable (fsync of file and folder). Seconds to restore
-are into a model whose weights are zero and whose optimizer is empty, as in a new process; nothing is dropped from the
-page cache, so the file comes from memory. Every restore is compared with what was saved.
+methods take turns in one process and one folder, after a round that measures how far the resident memory rises, and
+each begins with nothing left to write by anyone (`sync`). Seconds to save end when file and name are durable (fsync of
+file and folder). Seconds to restore are into a model whose weights are zero and whose optimizer is empty, as in a new
+process; nothing is dropped from the page cache, so files come from memory. Every restore is compared with what was
+saved.
 
-"Weights + AdamW" is what resuming a full fine-tuning takes: the weights and two moments for each. The last method saves
-what one who trains the same mask may save today, the k values and their moments, without the mask and without any
-safety: what the log's guarantees cost is the difference to it.
+"Weights + AdamW" is what resuming a full fine-tuning takes: the weights and two moments for each. "Unsafe" saves what
+one who trains the same mask may save today, the k values and their moments, without the mask, the generators of random
+numbers, a digest, or a name that appears only once the file is whole: what the log's guarantees cost is the difference
+to it.
 
 Then MiniLM trains with AdamW, a linear schedule and dropout, in blocks of ten steps with a commit in the middle of each
 or none, in random order within each round of blocks. The slowdown is by the clock, and beside it by the processor's
@@ -29,6 +31,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -89,42 +92,36 @@ def make_mask(name: str, model: nn.Module) -> fishmask.Mask:
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-class Taken(NamedTuple):
-    """What one call took: seconds, and how far the resident memory rose (bytes)."""
-
-    seconds: float
-    peak_rise: int
-
-
 @dataclass
 class Measured:
-    """What one method took, in every round."""
+    """What one method took, in every round: seconds, or bytes of memory."""
 
     bytes: int = 0
-    saved: list[Taken] = field(default_factory=list)
-    restored: list[Taken] = field(default_factory=list)
+    saved: list[float] = field(default_factory=list)
+    restored: list[float] = field(default_factory=list)
     others: dict[str, list[float]] = field(default_factory=dict)
 
-    def record(self) -> dict[str, Any]:
-        """Return medians, and the seconds of all rounds."""
-        named: dict[str, Any] = {"bytes": self.bytes}
-        for name, taken in {"save": self.saved, "restore": self.restored}.items():
-            seconds, rises = ([t[i] for t in taken] for i in range(2))
-            named |= {f"{name}_seconds": statistics.median(seconds) if taken else None, f"{name}_seconds_all": seconds}
-            named |= {f"{name}_peak_rise_bytes": statistics.median(rises) if taken else None}
-        return named | self.others
 
+class Meter:
+    """Measures calls: how long they take, or how far the resident memory rises. By name of the method."""
 
-def take(call: Callable[..., Any], *arguments: Any) -> tuple[Taken, Any]:
-    """Measure a call, once nothing waits to be written or collected; return what it took and its result."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed would hide what is taken
-    os.sync()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = peak_memory_bytes()
-    start = time.perf_counter()
-    result = call(*arguments)
-    return Taken(time.perf_counter() - start, peak_memory_bytes() - before), result
+    def __init__(self, *, memory: bool) -> None:
+        self.memory = memory
+        self.measured: defaultdict[str, Measured] = defaultdict(Measured)
+
+    def take(self, call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+        """Call once nothing waits to be written or collected; return the seconds (or bytes), and the result."""
+        gc.collect()
+        os.sync()
+        if self.memory:
+            ctypes.CDLL(None).malloc_trim(0)  # memory that was freed would hide what is taken
+            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+            before = peak_memory_bytes()
+            result = call(*arguments)
+            return peak_memory_bytes() - before, result
+        start = time.perf_counter()
+        result = call(*arguments)
+        return time.perf_counter() - start, result
 
 
 def size_of(path: Path) -> int:
@@ -237,14 +234,14 @@ WAYS = {
 }
 
 
-def measure_dense(dense: Dense, folder: Path, measured: dict[str, Measured]) -> None:
+def measure_dense(dense: Dense, folder: Path, meter: Meter) -> None:
     for name, way in WAYS.items():
-        path, line = folder / "checkpoint", measured.setdefault(name, Measured())
-        line.saved.append(take(way.save, dense, path)[0])
+        path, line = folder / "checkpoint", meter.measured[name]
+        line.saved.append(meter.take(way.save, dense, path)[0])
         line.bytes = size_of(path)
         wanted = dense.probe()
         dense.blank(way.moments)
-        line.restored.append(take(way.restore, dense, path)[0])
+        line.restored.append(meter.take(way.restore, dense, path)[0])
         must_equal(name, dense.probe(), wanted)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -298,44 +295,44 @@ def resume(model: nn.Module, path: Path) -> Sparse:
     return sparse
 
 
-def measure_sparse(model: nn.Module, mask: fishmask.Mask, folder: Path, measured: dict[str, Measured]) -> None:
+def measure_sparse(model: nn.Module, mask: fishmask.Mask, folder: Path, meter: Meter) -> None:
     """Measure the log and what is below it, on a plain model, which gets its weights back."""
-    ours, behind, unsafe = (measured.setdefault(name, Measured()) for name in (COMMIT, ASYNC, UNSAFE))
+    ours, behind, unsafe = (meter.measured[name] for name in (COMMIT, ASYNC, UNSAFE))
     base = some_of(list(model.parameters()))
     sparse = Sparse(model, mask)
     log = fishmask.CheckpointLog(folder / "log")
     sparse.step()
     commit = partial(log.commit, sparse.tuning, sparse.optimizer, state=sparse.state)
-    first, _ = take(commit)
-    ours.others.setdefault("first_seconds", []).append(first.seconds)
+    first, _ = meter.take(commit)
+    ours.others.setdefault("first_seconds", []).append(first)
     ours.others["first_bytes"] = [size_of(log.path)]
     for _ in range(COMMITS):
         sparse.step()
-        taken, done = take(commit)
+        taken, done = meter.take(commit)
         ours.saved.append(taken)
         ours.bytes = max(ours.bytes, done.bytes)
 
         sparse.step()
-        taken, coming = take(partial(log.commit_async, sparse.tuning, sparse.optimizer, state=sparse.state))
+        taken, coming = meter.take(partial(log.commit_async, sparse.tuning, sparse.optimizer, state=sparse.state))
         done = coming.result()
-        behind.saved.append(Taken(done.seconds, taken.peak_rise))
+        behind.saved.append(taken if meter.memory else done.seconds)
         behind.bytes = max(behind.bytes, done.bytes)
-        behind.others.setdefault("call_seconds", []).append(taken.seconds)
+        behind.others.setdefault("call_seconds", []).append(taken)
 
         sparse.step()
         path = folder / "unsafe"
-        unsafe.saved.append(take(save_unsafe, sparse, path)[0])
+        unsafe.saved.append(meter.take(save_unsafe, sparse, path)[0])
         unsafe.bytes = size_of(path)
         wanted = sparse.probe()
         sparse.step()
-        unsafe.restored.append(take(restore_unsafe, sparse, path)[0])
+        unsafe.restored.append(meter.take(restore_unsafe, sparse, path)[0])
         must_equal(UNSAFE, sparse.probe(), wanted)
         path.unlink()
     commit()
     wanted = sparse.probe()
     sparse.step()
-    back, _ = take(partial(log.restore, sparse.tuning, sparse.optimizer, state=sparse.state))
-    ours.others.setdefault("rollback_seconds", []).append(back.seconds)
+    back, _ = meter.take(partial(log.restore, sparse.tuning, sparse.optimizer, state=sparse.state))
+    ours.others.setdefault("rollback_seconds", []).append(back)
     must_equal("rollback", sparse.probe(), wanted)
     random.random(), np.random.rand()  # each generator that has moved since the first commit is 2.5 KB more
     ours.others["bytes_all_generators"] = [commit().bytes]
@@ -344,7 +341,7 @@ def measure_sparse(model: nn.Module, mask: fishmask.Mask, folder: Path, measured
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-    taken, resumed = take(resume, model, log.path)
+    taken, resumed = meter.take(resume, model, log.path)
     ours.restored.append(taken)
     must_equal(COMMIT, resumed.probe(), wanted)
     resumed.tuning.revert()
@@ -405,17 +402,20 @@ def measure(name: str, repeats: int, blocks: int, folder: Path) -> list[dict[str
     mask = make_mask(name, model)
     about = {"benchmark": "checkpoints", "model": name, "n": mask.n, "k": mask.k, "density": DENSITY, "seed": SEED}
     loads = [os.getloadavg()[0]]
-    measured: dict[str, Measured] = {}
+    memory, clock = Meter(memory=True), Meter(memory=False)
     dense = Dense(model)
-    for turn in range(repeats + 1):
-        if turn == 1:
-            measured = {}  # the first was to warm up
-        measure_sparse(model, mask, folder, measured)
-        measure_dense(dense, folder, measured)
+    for meter in [memory, *[clock] * repeats]:  # the round that measures the memory is to warm up
+        measure_sparse(model, mask, folder, meter)
+        measure_dense(dense, folder, meter)
         loads.append(os.getloadavg()[0])
     lines: list[dict[str, Any]] = []
-    for method, line in measured.items():
-        lines.append({**about, "method": method, **line.record(), "load": loads, **environment()})
+    for method, took in clock.measured.items():
+        rose = memory.measured[method]
+        record: dict[str, Any] = {**about, "method": method, "bytes": took.bytes}
+        for part, seconds, rises in (("save", took.saved, rose.saved), ("restore", took.restored, rose.restored)):
+            record |= {f"{part}_seconds": statistics.median(seconds) if seconds else None}
+            record |= {f"{part}_seconds_all": seconds, f"{part}_peak_rise_bytes": max(rises, default=None)}
+        lines.append({**record, **took.others, "load": loads, **environment()})
     if name != "large":  # a step takes seconds there, and a commit is a smaller part of it
         del dense
         found = measure_training(Sparse(model, mask), folder, blocks)
