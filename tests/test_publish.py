@@ -321,8 +321,9 @@ def test_a_lock_ends_with_its_process_and_not_with_what_that_forked_off(tmp_path
 
 def test_nothing_is_said_when_python_ends_with_a_lock_held(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from fishmask.publish import Lock; "
-        "lock = Lock(Path(sys.argv[1])); lock.acquire(); sys.modules['kept'] = lock"
+        "import sys; from pathlib import Path; from fishmask import publish; "
+        "publish.kept = publish.Lock(Path(sys.argv[1])); publish.kept.acquire(); "
+        "cycle = [publish]; cycle.append(cycle)"  # so that the lock outlives what its module imported
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "lock")], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
