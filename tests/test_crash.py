@@ -20,16 +20,17 @@ from typing import Any
 import pytest
 import torch
 
+import fishmask.folder
 import fishmask.log
 import fishmask.publish
 from fishmask import CheckpointLog, FishError, container, history
-from fishmask.log import Commit
+from fishmask.folder import Commit, LogFolder
 from fishmask.moments import gather
 from fishmask.publish import leftovers, remove, replace_file, sync_directory
 from tests.kill import Training, digest_of, references
 from tests.trace import Disk, Killed, Operation, State, crash_states, write_state
 
-KEEP = {"keep_last": 2, "keep_every": 4}
+KEEP = {"keep_last": 3, "keep_every": 4}
 REFERENCES = references(16)
 
 
@@ -74,30 +75,42 @@ class Standing(datetime):
 
 
 def record(
-    plan: str, root: Path, killed: int | None = None, mutant: Callable[[pytest.MonkeyPatch], None] | None = None
+    plan: str,
+    root: Path,
+    stop: int | None = None,
+    error: type[BaseException] = Killed,
+    mutant: Callable[[pytest.MonkeyPatch], None] | None = None,
 ) -> list[Operation]:
-    """Write down what a training does to the disk; one that is killed before an operation is resumed by another."""
+    """Write down what a training does to the disk.
+
+    One that is killed before an operation is resumed by another process; one that an error of the disk stops goes on.
+    """
     root.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         disk = Disk(root).install(patch)
         operations, names = count(), count()
 
-        def die(kind: str, path: str) -> None:
-            if killed is not None and next(operations) >= killed:
-                raise Killed
+        def halt(kind: str, path: str) -> None:
+            if stop is not None and next(operations) >= stop:
+                if error is not Killed:  # which comes once, while the dead stay dead
+                    disk.before = lambda kind, path: None
+                raise error(errno.EIO, os.strerror(errno.EIO))
 
-        disk.before = die
+        disk.before = halt
         # Without what differs between runs, states that are equal are known to be.
         patch.setattr("fishmask.log.datetime", Standing)
         patch.setattr("fishmask.publish.secrets.token_hex", lambda size: f"{next(names):0{2 * size}x}")
         if mutant is not None:
             mutant(patch)
-        log = CheckpointLog(root / "log", **KEEP)
+        log, training = CheckpointLog(root / "log", **KEEP), Training()
         try:
-            follow(disk, log, Training(), plan)
+            follow(disk, log, training, plan)
+        except OSError:
+            disk.mark("stopped")
+            follow(disk, log, training, "cc")
         except Killed:
             disk.before = lambda kind, path: None
-            disk.mark("killed")
+            disk.mark("stopped")
             log.close()
             names = count(1000)
             with CheckpointLog(root / "log", **KEEP) as log:
@@ -131,11 +144,15 @@ class Recovered:
 
 
 class Enumeration:
-    """Checks every state that a loss of power may leave; states of equal content are recovered once."""
+    """Checks every state that a loss of power may leave; states of equal content are recovered once.
 
-    def __init__(self, folder: Path) -> None:
+    A temporary file counts as one whatever it holds, unless ``exact``.
+    """
+
+    def __init__(self, folder: Path, exact: bool = False) -> None:
+        self._exact = exact
         self.checked = 0
-        self.recovered: dict[frozenset, Recovered] = {}
+        self.recovered: dict[frozenset[tuple[str, bytes | None]], Recovered] = {}
         self._folder = folder
         self._processes = Training(1), Training(2)
 
@@ -144,7 +161,9 @@ class Enumeration:
         promised = list(_promised(trace))
         for position, state in crash_states(trace, seed=0, start=start):
             self.checked += 1
-            key = frozenset(state.items())
+            key = frozenset(
+                ("", b"") if item[0].endswith(".tmp") and not self._exact else item for item in state.items()
+            )
             if key not in self.recovered:
                 self.recovered[key] = Recovered(state, self._folder / "state", *self._processes)
             found, (allowed, numbers) = self.recovered[key], promised[position]
@@ -173,32 +192,37 @@ def _promised(trace: list[Operation]) -> Iterator[tuple[set[str | None], set[int
         yield allowed, numbers
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("plan", ["ccbccbcccc", "ccccccfcfb"])
-def test_no_loss_of_power_loses_an_acknowledged_commit(tmp_path, unsynced, plan):
-    enumeration = Enumeration(tmp_path)
+@pytest.mark.parametrize(
+    ("plan", "exact", "states", "contents"),
+    [("cb", True, 200, 100), ("ccbccbcccc", False, 1000, 50), ("cccccfcfbccfc", False, 1000, 50)],
+)
+def test_no_loss_of_power_loses_an_acknowledged_commit(tmp_path, unsynced, plan, exact, states, contents):
     trace = record(plan, tmp_path / "run")
-    assert REFERENCES[plan.replace("f", "").__len__()] == trace[-1 - [o.kind for o in trace[::-1]].index("begin")].data
+    begun = [operation.data for operation in trace if operation.kind == "begin"]
+    assert begun[-1] == REFERENCES[len(plan.replace("f", ""))]
+    enumeration = Enumeration(tmp_path, exact)
     assert list(enumeration.violations(trace)) == []
-    assert enumeration.checked > 1000 and len(enumeration.recovered) > 300, "the states have not been enumerated"
+    assert enumeration.checked > states and len(enumeration.recovered) > contents, "too few to mean anything"
     print(f"{enumeration.checked} states, {len(enumeration.recovered)} of different content")
 
 
 @pytest.mark.slow
-def test_no_loss_of_power_after_a_kill_loses_an_acknowledged_commit(tmp_path, unsynced):
+@pytest.mark.parametrize("error", [Killed, OSError])
+def test_no_loss_of_power_after_a_kill_or_an_error_loses_an_acknowledged_commit(tmp_path, unsynced, error):
     """What a killed process had written is there for the next one, but not durable yet."""
     enumeration = Enumeration(tmp_path)
-    kills = 0
-    for killed in count():
-        trace = record("ccfc", tmp_path / f"run{killed}", killed)
+    stops = 0
+    for stop in count():
+        trace = record("cccfcb", tmp_path / f"run{stop}", stop, error)
         kinds = [operation.kind for operation in trace]
-        if "killed" not in kinds:
+        if "stopped" not in kinds:
             break
-        if kinds[kinds.index("killed") - 1] != "write":  # the bytes of temporary files, which are cleared away
-            kills += 1
-            assert list(enumeration.violations(trace, start=kinds.index("killed"))) == []
-    assert kills > 40 and enumeration.checked > 5000
-    print(f"{kills} kills, {enumeration.checked} states, {len(enumeration.recovered)} of different content")
+        if kinds[kinds.index("stopped") - 1] != "write":  # the bytes of temporary files, which are cleared away
+            stops += 1
+            assert list(enumeration.violations(trace, start=kinds.index("stopped"))) == []
+        shutil.rmtree(tmp_path / f"run{stop}")
+    assert stops > 60 and enumeration.checked > 10000, "too few to mean anything"
+    print(f"{stops} stops, {enumeration.checked} states, {len(enumeration.recovered)} of different content")
 
 
 # --- errors of the disk -----------------------------------------------------------------------------------------------
@@ -400,7 +424,7 @@ def test_a_commit_that_failed_can_be_made_after_closing(tmp_path, monkeypatch, u
         training.advance()
         training.commit(log)
     training.advance()
-    publish = fishmask.log.publish
+    publish = fishmask.folder.publish
 
     def full(path: Path, parts: object) -> None:
         if path.name.startswith("commit"):
@@ -408,7 +432,7 @@ def test_a_commit_that_failed_can_be_made_after_closing(tmp_path, monkeypatch, u
         publish(path, parts)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr("fishmask.log.publish", full)
+        patch.setattr("fishmask.folder.publish", full)
         training.commit(log)
     log.close()
     training.commit(log)
@@ -472,7 +496,7 @@ def test_the_first_commit_of_another_process_may_come_in_between(tmp_path, monke
     """Between the look at an empty folder and the taking of its lock."""
     log, training = CheckpointLog(tmp_path), Training()
     training.advance()
-    make_folder = fishmask.log.make_folder
+    make_folder = fishmask.folder.make_folder
 
     def late(path: Path) -> None:
         patch.undo()
@@ -480,7 +504,7 @@ def test_the_first_commit_of_another_process_may_come_in_between(tmp_path, monke
         make_folder(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fishmask.log.make_folder", late)
+        patch.setattr("fishmask.folder.make_folder", late)
         with pytest.raises(FishError, match="restore one first"):
             training.commit(log)
     log.close()
@@ -516,7 +540,7 @@ def check_second_writer(folder: Path) -> None:
     training, other = Training().resume(first), Training().resume(second)
     training.advance()
     other.tuning.values.mul_(2)  # so that it can be seen whose commit is there
-    publish = fishmask.log.publish
+    publish = fishmask.folder.publish
     expected = training.digest()
 
     def late(path: Path, parts: object) -> None:
@@ -526,7 +550,7 @@ def check_second_writer(folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as locks, pytest.MonkeyPatch.context() as patch:
         locks.setattr("fcntl.flock", without_locks)
-        patch.setattr("fishmask.log.publish", late)
+        patch.setattr("fishmask.folder.publish", late)
         with pytest.raises(FishError, match="appeared meanwhile: another process writes to this log"):
             other.commit(second)
     first.close()
@@ -599,7 +623,7 @@ def named_before_synced(patch: pytest.MonkeyPatch) -> None:
         os.close(handle)
         sync_directory(path.parent)
 
-    patch.setattr("fishmask.log.publish", publish)
+    patch.setattr("fishmask.folder.publish", publish)
 
 
 def synced_before_named(patch: pytest.MonkeyPatch) -> None:
@@ -614,22 +638,22 @@ def synced_before_named(patch: pytest.MonkeyPatch) -> None:
 
 
 def old_base_deleted_first(patch: pytest.MonkeyPatch) -> None:
-    publish = CheckpointLog._publish
+    add = LogFolder.add
 
-    def deleting(log: CheckpointLog, kind: str, number: int, content: container.Content) -> history.Reference:
+    def deleting(folder: LogFolder, kind: str, number: int, content: container.Content) -> history.Reference:
         if kind == "base":
-            remove(history.path_of(log.path, "base", number - 1))
-        return publish(log, kind, number, content)
+            remove(folder.path_of("base", number - 1))
+        return add(folder, kind, number, content)
 
-    patch.setattr(CheckpointLog, "_publish", deleting)
+    patch.setattr(LogFolder, "add", deleting)
 
 
 def deleted_without_order(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("fishmask.log.sync_directory", lambda folder: None)
+    patch.setattr("fishmask.folder.sync_directory", lambda folder: None)
 
 
 def folder_not_synced(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("fishmask.log.make_folder", lambda folder: folder.mkdir(exist_ok=True))
+    patch.setattr("fishmask.folder.make_folder", lambda folder: folder.mkdir(exist_ok=True))
 
 
 def acknowledged_early(patch: pytest.MonkeyPatch) -> None:
@@ -702,7 +726,7 @@ def test_a_fault_in_the_log_would_be_seen_after_a_loss_of_power(tmp_path, unsync
 
 
 def test_a_folder_that_is_not_durable_would_be_seen(tmp_path, unsynced):
-    faulty = record("c", tmp_path / "run", killed=1, mutant=folder_not_synced)
+    faulty = record("c", tmp_path / "run", stop=1, mutant=folder_not_synced)
     assert faulty[-1].kind == "done"
     assert "neither the last" in next(Enumeration(tmp_path).violations(faulty, start=len(faulty) - 1))
 
@@ -736,5 +760,5 @@ def test_what_is_left_after_an_error_would_be_seen(tmp_path, monkeypatch, unsync
 
 def test_an_overwriting_second_writer_would_be_seen(tmp_path, monkeypatch, unsynced):
     with monkeypatch.context() as patch, pytest.raises(FAILED):
-        patch.setattr("fishmask.log.publish", replace_file)
+        patch.setattr("fishmask.folder.publish", replace_file)
         check_second_writer(tmp_path)

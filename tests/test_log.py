@@ -893,8 +893,8 @@ class Held:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fail: BaseException | None = None) -> None:
         self.go, self.writing, self.most, self.fail = threading.Event(), 0, 0, fail
-        self.real = fishmask.log.publish
-        monkeypatch.setattr(fishmask.log, "publish", self.publish)
+        self.real = fishmask.folder.publish
+        monkeypatch.setattr(fishmask.folder, "publish", self.publish)
 
     def publish(self, path: Path, parts: Any) -> None:
         if not path.name.startswith("commit"):

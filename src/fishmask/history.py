@@ -387,6 +387,11 @@ def by_name(mask: Mask, values: Tensor) -> Entries:
     return {name: (index, part) for (name, index), part in zip(mask.indices.items(), parts, strict=True)}
 
 
+def changes(chain: list[Segment], snapshot: Snapshot) -> list[Entries]:
+    """Return what to write onto the base, in order."""
+    return [*(segment.sealed for segment in chain), by_name(chain[-1].mask, snapshot.values)]
+
+
 def write_entries(weights: Mapping[str, Tensor], changes: Iterable[Entries]) -> None:
     """Write entries into weights, in place and in the weights' dtype, one change after the other."""
     with torch.no_grad():

@@ -15,11 +15,10 @@ from torch.utils.data import DataLoader
 from fishmask import rng
 from fishmask.attach import Tuning, tuning_of
 from fishmask.errors import FishError
-from fishmask.history import path_of
 from fishmask.log import CheckpointLog
 from fishmask.moments import check_members
 from fishmask.pointer import Pointer
-from fishmask.publish import make_folder, remove
+from fishmask.publish import make_folder
 
 try:
     try:
@@ -148,7 +147,7 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
         if pointer is None or (number := pointer.find(self.checkpoint_log)) is None:
             return
         if not any(pointer.same(Pointer.read(other)) for other in path.parent.iterdir()):
-            remove(path_of(self.checkpoint_log.path, "commit", number))
+            self.checkpoint_log.delete(number)
 
 
 class ResumableLoader(DataLoader[Any]):

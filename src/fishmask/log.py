@@ -6,13 +6,12 @@ a restore walks no chain within one mask, and once acknowledged it survives the 
 power. ``docs/checkpoints.md`` is the guide.
 """
 
-import contextlib
 import operator
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -21,91 +20,23 @@ from weakref import ref
 
 import torch
 from safetensors.torch import save as safetensors_bytes
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from fishmask import container, history, tree
+from fishmask import history, tree
 from fishmask import rng as generators
 from fishmask.attach import Tuning, tuning_of
 from fishmask.container import Content
 from fishmask.errors import FishError
 from fishmask.fingerprint import raw_bits
-from fishmask.history import CommitFile, Entries, Problem, Reference, Segment, Snapshot, by_name, write_entries
+from fishmask.folder import Commit, LogFolder, commit_of
+from fishmask.follow import Followed, Overlay, lay_over, left_entries
+from fishmask.history import Problem, Reference, Segment, Snapshot, changes, write_entries
 from fishmask.mask import Mask
 from fishmask.moments import check_members, gather
-from fishmask.params import canonical_parameters, take
-from fishmask.publish import Lock, leftovers, make_folder, publish, remove, replace_file, sync_directory
-from fishmask.resume import check_base, check_buffers, check_request, fill, resume
-
-Overlay = dict[str, tuple[Tensor, Tensor]]  # name -> sorted flat indices, bits as integers; on the CPU
-
-
-@dataclass(frozen=True)
-class Commit:
-    """One commit.
-
-    Attributes:
-        number: Its number; numbers grow, and the largest is the newest.
-        step: The training step that the caller named.
-        path: Its file.
-        bytes: The size of the file.
-        time: When it was made (UTC, ISO 8601).
-        mask: Digest of its mask.
-        segment: Number of the segment that holds the mask.
-        seconds: From the call until the bytes were durable; 0 for a commit that was not made by this object.
-    """
-
-    number: int
-    step: int
-    path: Path
-    bytes: int
-    time: str
-    mask: str
-    segment: int
-    seconds: float = field(default=0.0, compare=False)
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What a restore found.
-
-    Attributes:
-        commit: The commit that the model now holds.
-        step: Its training step.
-        state: What was given as ``state`` to the commit, by name; objects as their ``state_dict()``.
-        skipped: Newer commits that could not be used, with the reason.
-        tuning: The attached model's tuning; None when the model is not attached.
-    """
-
-    commit: Commit
-    step: int
-    state: dict[str, Any]
-    skipped: list[Problem]
-    tuning: Tuning | None
-
-
-@dataclass
-class _Followed:
-    """The training that commits are made of, and where in the log it stands."""
-
-    tuning: "ref[Tuning]"
-    mask: Mask  # the tuning's own; another object, even if equal, tells that others may have been trained meanwhile
-    originals: Reference  # the base that the tuning's own memory of its base belongs to
-    segment: Segment
-    last: Reference | None  # the commit before
-    newest: int  # number of the newest commit; a larger one is another process's
-    below: Overlay  # entries whose bits below the mask are not the base's
-    loads: int = 0  # of a state dict into the model, when its base was last checked
-
-    def base_unchanged(self) -> bool:
-        """Whether the model still has the base that its tuning remembers."""
-        tuning = self.tuning()
-        try:
-            if tuning is not None:
-                tuning.originals.check(tuning.model)
-        except FishError:
-            return False
-        return tuning is not None
+from fishmask.params import take
+from fishmask.publish import make_folder, remove, replace_file
+from fishmask.resume import Restored, check_base, check_buffers, check_request, fill, resume, whole_state
 
 
 class CheckpointLog:
@@ -150,11 +81,10 @@ class CheckpointLog:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         self.path = Path(path)
         self._store_base, self._keep_last, self._keep_every = store_base, keep_last, keep_every
-        self._lock = Lock(self.path / "lock")
-        self._followed: _Followed | None = None
+        self._folder = LogFolder(self.path)
+        self._followed: Followed | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._pending: Future[Commit] | None = None
-        self._last: dict[str, int] = {}  # the largest number of each kind, while this log alone may write
 
     def __enter__(self) -> "CheckpointLog":
         return self
@@ -174,16 +104,12 @@ class CheckpointLog:
         Raises:
             FishError: A header cannot be read.
         """
-        found = []
-        for path in history.numbered(self.path, "commit").values():
-            with contextlib.suppress(FileNotFoundError):  # whoever writes may delete it meanwhile
-                found.append(_commit_of(path, container.peek(path, "commit"), path.stat().st_size))
-        return found
+        return self._folder.commits()
 
     @property
     def numbers(self) -> list[int]:
         """The numbers of all commits, ascending; no file is opened."""
-        return list(history.numbered(self.path, "commit"))
+        return self._folder.numbers
 
     def read(self, at: int | None = None) -> tuple[Commit, list[Segment], Snapshot]:
         """Return a commit, the segments that it builds on (oldest first), and what it holds.
@@ -194,8 +120,8 @@ class CheckpointLog:
         Raises:
             FishError: There is no such commit, or a file is damaged.
         """
-        found, chain, _ = self._newest_intact(at, allow_older=False)
-        commit = _commit_of(self._path("commit", found.file.number), found.metadata, found.size)
+        found, chain, _ = self._folder.newest_intact(at, allow_older=False)
+        commit = commit_of(self._folder.path_of("commit", found.file.number), found.metadata, found.size)
         return commit, chain, found.snapshot
 
     def mask(self, at: int | None = None) -> Mask:
@@ -254,8 +180,8 @@ class CheckpointLog:
             check_members(dict(tuning.named_parameters()), optimizer)
         self.wait()
         newest = max(self.numbers, default=0)
-        found, chain, skipped = self._newest_intact(at, allow_older)
-        path, snapshot = self._path("commit", found.file.number), found.snapshot
+        found, chain, skipped = self._folder.newest_intact(at, allow_older)
+        path, snapshot = self._folder.path_of("commit", found.file.number), found.snapshot
         check_request(snapshot, optimizer, state or {}, path)
         known, base = self._following(tuning), None
         if known is None or known.originals != chain[-1].base or not known.base_unchanged():
@@ -266,8 +192,8 @@ class CheckpointLog:
             resume(tuning, optimizer, base, chain, snapshot)
             below: Overlay = {}
             for segment in chain:
-                _lay_over(below, segment.sealed)
-            self._followed = _Followed(
+                lay_over(below, segment.sealed)
+            self._followed = Followed(
                 ref(tuning), tuning.mask, chain[-1].base, chain[-1], found.file, newest, below, tuning.loads
             )
             for name, held in (state or {}).items():
@@ -276,7 +202,7 @@ class CheckpointLog:
                 generators.reinstate({**chain[-1].rng, **snapshot.rng})
         elif base is not None:
             fill(plain, base, chain, snapshot)
-        commit = _commit_of(path, found.metadata, found.size)
+        commit = commit_of(path, found.metadata, found.size)
         return Restored(commit, commit.step, snapshot.state, skipped, tuning)
 
     def verify(self) -> list[Problem]:
@@ -285,32 +211,7 @@ class CheckpointLog:
         Returns:
             The files that are damaged, or that need one that is; none when the log is sound.
         """
-        problems: list[Problem] = []
-        sound: dict[str, dict[int, str]] = {kind: {} for kind in history.KINDS}
-        counts: dict[int, int] = {}
-        for kind in history.KINDS:
-            for number, path in history.numbered(self.path, kind).items():
-                try:
-                    needed: dict[str, Reference | None]
-                    if kind == "base":
-                        file, needed = history.read_base(self.path, number).file, {}
-                    elif kind == "segment":
-                        segment = history.read_segment(self.path, number)
-                        file, needed = segment.file, {"base": segment.base, "segment": segment.parent}
-                        counts[number] = segment.mask.k
-                    else:
-                        commit = history.read_commit(self.path, number)
-                        file, needed = commit.file, {"segment": commit.segment}
-                        if len(commit.snapshot.values) != counts.get(commit.segment.number, -1):
-                            needed = {"segment": Reference(commit.segment.number, "of another size")}
-                    for other, wanted in needed.items():
-                        if wanted is not None and sound[other].get(wanted.number) != wanted.digest:
-                            name = self._path(other, wanted.number).name
-                            raise FishError(f"{path} needs {name}, which is missing, damaged or another file")
-                    sound[kind][number] = file.digest
-                except (FishError, OSError) as error:
-                    problems.append(Problem(path, str(error)))
-        return [problem for problem in problems if problem.path.exists()]  # whoever writes may delete some meanwhile
+        return self._folder.verify()
 
     def export(self, folder: str | os.PathLike[str], *, at: int | None = None, model: nn.Module | None = None) -> Path:
         """Write the whole model of a commit as a plain ``model.safetensors`` that needs no fishmask.
@@ -328,22 +229,14 @@ class CheckpointLog:
         Raises:
             FishError: A file is damaged; or the log does not store its base and ``model`` is missing or another one.
         """
-        found, chain, _ = self._newest_intact(at, allow_older=False)
+        found, chain, _ = self._folder.newest_intact(at, allow_older=False)
         base = history.read_base(self.path, chain[-1].base.number, chain[-1].base.digest)
-        weights = dict(base.weights)
-        if base.fingerprint is not None:
-            if model is None:
-                raise FishError(f"{self.path} does not store its base: pass the base model as model= (--base NAME)")
-            check_base(base, model, None)
-            weights = {n: weights[n] if n in weights else p.detach().cpu() for n, p in model.named_parameters()}
-            changed = {name for change in _changes(chain, found.snapshot) for name in change}
-            weights |= {name: weights[name].clone() for name in changed}  # the caller's model stays as it is
-        write_entries(weights, _changes(chain, found.snapshot))
-        tensors = {**weights, **base.buffers, **found.snapshot.buffers}
+        if base.fingerprint is not None and model is None:
+            raise FishError(f"{self.path} does not store its base: pass the base model as model= (--base NAME)")
+        tensors = whole_state(base, changes(chain, found.snapshot), found.snapshot, model)
         folder = Path(folder)
         make_folder(folder)
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        replace_file(folder / "model.safetensors", [safetensors_bytes(contiguous, {"format": "pt"})])
+        replace_file(folder / "model.safetensors", [safetensors_bytes(tensors, {"format": "pt"})])
         if base.config is not None:
             replace_file(folder / "config.json", [base.config.encode()])
         return folder / "model.safetensors"
@@ -428,8 +321,7 @@ class CheckpointLog:
             if self._executor is not None:
                 self._executor.shutdown()
                 self._executor = None
-            self._lock.release()
-            self._last.clear()
+            self._folder.release()
 
     def reinstate(self, at: int) -> Commit:
         """Make a copy of an earlier commit the newest one, so that training resumes from there; nothing is lost.
@@ -439,11 +331,16 @@ class CheckpointLog:
         """
         begin = perf_counter()
         self.wait()
-        self._existing(at)  # before a folder is made
+        self._folder.existing(at)  # before a folder is made
         self._claim()
-        found, _, _ = self._newest_intact(at, allow_older=False)
+        found, _, _ = self._folder.newest_intact(at, allow_older=False)
         self._followed = None  # the training that it followed has not gone back
-        return self._copy(found, found.segment, begin)
+        return replace(self._folder.copy_commit(found, found.segment), seconds=perf_counter() - begin)
+
+    def delete(self, number: int) -> None:
+        """Delete a commit, if it is there; the others do not need it."""
+        self.wait()
+        remove(self._folder.path_of("commit", number))
 
     def compact(self) -> Commit:
         """Fold the newest commit and all that it builds on into a new base, and delete everything else.
@@ -459,31 +356,31 @@ class CheckpointLog:
         """
         begin = perf_counter()
         self.wait()
-        self._existing(None)  # before a folder is made
+        self._folder.existing(None)  # before a folder is made
         self._claim()
-        found, chain, _ = self._newest_intact(None, allow_older=False)
+        found, chain, _ = self._folder.newest_intact(None, allow_older=False)
         old = history.read_base(self.path, chain[-1].base.number, chain[-1].base.digest)
         if old.fingerprint is not None:
             raise FishError(f"{self.path} does not store its base, so there is nothing to fold the commits into")
-        files = [list(history.numbered(self.path, kind).values()) for kind in reversed(history.KINDS)]
-        write_entries(old.weights, _changes(chain, found.snapshot))
+        files = self._folder.files()
+        write_entries(old.weights, changes(chain, found.snapshot))
         commit: Commit | None = None
         try:
             # Buffers stay the old base's: commits hold those that differ from it.
-            number = self._free("base")
-            base = self._publish("base", number, history.folded_content(number, old))
+            number = self._folder.free("base")
+            base = self._folder.add("base", number, history.folded_content(number, old))
             new = history.read_base(self.path, base.number, base.digest)
-            segment = self._publish_segment(replace(chain[-1], base=base, parent=None, sealed={}))
-            commit = self._copy(found, segment.file, begin)
+            segment = self._folder.add_segment(replace(chain[-1], base=base, parent=None, sealed={}))
+            commit = self._folder.copy_commit(found, segment.file)
             again, chain_again = history.read_all(self.path, commit.number)
-            write_entries(new.weights, _changes(chain_again, again.snapshot))
+            write_entries(new.weights, changes(chain_again, again.snapshot))
             if not (history.same_bits(old.weights, new.weights) and history.same_bits(old.buffers, new.buffers)):
                 raise FishError(f"{self.path}: what was written does not read back as it was; the old files are kept")
         except BaseException:
             with suppress(OSError):  # what was half made would be in the way on a full disk
                 if commit is not None:
                     remove(commit.path)
-                self._remove_unused()
+                self._folder.remove_unused(self._needed())
             raise
         followed, self._followed = self._followed, None
         if followed is not None and followed.last == found.file and (tuning := followed.tuning()) is not None:
@@ -494,99 +391,30 @@ class CheckpointLog:
             self._followed = replace(
                 followed, mask=mask, segment=segment, last=again.file, newest=commit.number, below=bits
             )
-        for paths in files:  # commits first: whenever this stops, the commits that are left have all they need
-            for path in paths:
-                remove(path)
-            sync_directory(self.path)
-        return commit
+        self._folder.discard(files)
+        return replace(commit, seconds=perf_counter() - begin)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _path(self, kind: str, number: int) -> Path:
-        return history.path_of(self.path, kind, number)
-
-    def _free(self, kind: str) -> int:
-        """Return the next number of a kind; the folder is read once, as it may hold very many commits."""
-        if kind not in self._last:
-            self._last[kind] = max(history.numbered(self.path, kind), default=0)
-        return self._last[kind] + 1
-
-    def _existing(self, at: int | None) -> list[int]:
-        """Return the numbers of all commits; refuse when there are none, or not the one that is asked for."""
-        numbers = self.numbers
-        if not numbers:
-            raise FishError(
-                f"{self.path} holds no commits" + ("" if self.path.is_dir() else ": there is no such folder")
-            )
-        if at is not None and at not in numbers:
-            raise FishError(f"{self.path} holds no commit {at}; it holds {_listed(numbers)}")
-        return numbers
-
-    def _newest_intact(self, at: int | None, allow_older: bool) -> tuple[CommitFile, list[Segment], list[Problem]]:
-        """Read the commit that is asked for, with its segments, and tell which newer ones had to be skipped."""
-        numbers = self._existing(at)
-        skipped: list[Problem] = []
-        for number in [at] if at is not None else reversed(numbers):
-            try:
-                return *history.read_all(self.path, number), skipped
-            except (FishError, OSError) as error:
-                if at is None and self.numbers and number not in self.numbers:
-                    return self._newest_intact(at, allow_older)  # deleted meanwhile: there is a newer one
-                older = [n for n in numbers if n < number]
-                if at is not None or not older:
-                    raise
-                if not allow_older:
-                    raise FishError(
-                        f"{error}; an older commit can be used instead: at={older[-1]} takes the one before, "
-                        "allow_older=True the newest that is intact"
-                    ) from error
-                skipped.append(Problem(self._path("commit", number), str(error)))
-        raise AssertionError("the loop returns or raises")
-
-    def _following(self, tuning: Tuning | None) -> _Followed | None:
+    def _following(self, tuning: Tuning | None) -> Followed | None:
         """Return where in the log a tuning stands; None when the log does not follow this one."""
         known = self._followed
         return known if known is not None and tuning is not None and known.tuning() is tuning else None
 
     def _claim(self) -> None:
-        """Take the lock, and clear away what a crash may have left."""
-        if self._lock.held:
+        """Take the lock, forget what another process has overtaken, and clear away what a crash may have left."""
+        if self._folder.claimed:
             return
-        make_folder(self.path)
-        self._lock.acquire()
+        self._folder.claim()
         if (known := self._followed) is not None:
-            newest, segment = max(self.numbers, default=0), self._path("segment", known.segment.file.number)
+            newest, segment = max(self.numbers, default=0), self._folder.path_of("segment", known.segment.file.number)
             if newest != known.newest or not segment.exists():
-                self._followed = None  # another process has written since this one last held the lock
-        for path in leftovers(self.path):
-            remove(path)
-        self._remove_unused()
+                self._followed = None
+        self._folder.tidy(self._needed())
 
-    def _remove_unused(self) -> None:
-        """Remove segments and bases that no commit builds on: of a commit that never came, of a halted ``compact``."""
-        sync_directory(self.path)  # a deleted commit that a loss of power brings back would need them
-        bases, segments = history.numbered(self.path, "base"), history.numbered(self.path, "segment")
-        try:
-            parents = {number: container.peek(path, "segment") for number, path in segments.items()}
-            commits = [container.peek(path, "commit") for path in history.numbered(self.path, "commit").values()]
-        except (FishError, OSError):
-            return  # what cannot be read may need anything
-        if self._followed is not None:  # of a commit that failed and may be tried again
-            commits.append(self._followed.segment.file.written("segment"))
-        used: set[int] = set()
-        for metadata in commits:
-            number: int | None = int(metadata["segment"])
-            while number is not None and number not in used:
-                if number not in parents:
-                    return  # what is missing may come back, and may need anything
-                used.add(number)
-                number = int(parents[number]["segment"]) if "segment" in parents[number] else None
-        held = {int(parents[n]["base"]) for n in used}
-        for path in (
-            *(p for n, p in segments.items() if n not in used),
-            *(p for n, p in bases.items() if n not in held),
-        ):
-            remove(path)
+    def _needed(self) -> Reference | None:
+        """Return the segment of a commit that failed and may be tried again."""
+        return self._followed.segment.file if self._followed is not None else None
 
     def _prepare(
         self, tuning: Tuning, optimizer: Optimizer | None, step: int, state: Mapping[str, Any] | None
@@ -627,7 +455,7 @@ class CheckpointLog:
             known.loads = tuning.loads
         changed = {name: s for name, s in now.items() if tree.pack(s) != tree.pack(known.segment.rng.get(name))}
         buffers = tuning.originals.changed_buffers(tuning.model)
-        number = self._free("commit")
+        number = self._folder.free("commit")
         metadata = {
             "number": str(number),
             "step": str(step),
@@ -639,129 +467,35 @@ class CheckpointLog:
         values = torch.cat([p.detach() for p in named.values()])
         return number, history.commit_content(metadata, Snapshot(values, moments, buffers, changed, held))
 
-    def _begin_segment(self, tuning: Tuning, known: _Followed | None, now: dict[str, Any]) -> _Followed:
+    def _begin_segment(self, tuning: Tuning, known: Followed | None, now: dict[str, Any]) -> Followed:
         """Write the base when it is new, then the segment of the tuning's mask, and follow the tuning."""
         tuning.originals.check(tuning.model)
-        sealed = _left(tuning, known.below if known else {})
+        sealed = left_entries(tuning, known.below if known else {})
         if known is not None:
             base, parent, last = known.segment.base, known.segment.file, known.last
         else:
-            number = self._free("base")
+            number = self._folder.free("base")
             with tuning.originals.put_back(tuning.model):
                 content = history.base_content(number, tuning.model, tuning.mask, self._store_base)
-                base, parent, last = self._publish("base", number, content), None, None
+                base, parent, last = self._folder.add("base", number, content), None, None
         try:
-            segment = self._publish_segment(Segment(Reference(0, ""), base, parent, tuning.mask, sealed, now))
+            segment = self._folder.add_segment(Segment(Reference(0, ""), base, parent, tuning.mask, sealed, now))
         except BaseException:
             if known is None:
-                remove(self._path("base", base.number))
+                remove(self._folder.path_of("base", base.number))
             raise
         below = dict(known.below) if known else {}
-        _lay_over(below, sealed)
+        lay_over(below, sealed)
         originals = known.originals if known else base
         newest = known.newest if known else 0
-        self._followed = _Followed(ref(tuning), tuning.mask, originals, segment, last, newest, below, tuning.loads)
+        self._followed = Followed(ref(tuning), tuning.mask, originals, segment, last, newest, below, tuning.loads)
         return self._followed
-
-    def _publish_segment(self, segment: Segment) -> Segment:
-        number = self._free("segment")
-        segment = replace(segment, file=Reference(number, ""))
-        return replace(segment, file=self._publish("segment", number, history.segment_content(segment)))
-
-    def _publish(self, kind: str, number: int, content: Content) -> Reference:
-        digest, parts = container.serialise(kind, content)
-        path = self._path(kind, number)
-        try:
-            publish(path, parts)
-        except BaseException as error:
-            self._last.clear()  # the name may be there all the same
-            if isinstance(error, FileExistsError):
-                raise FishError(f"{path} appeared meanwhile: another process writes to this log") from error
-            raise
-        self._last[kind] = number
-        return Reference(number, digest)
 
     def _finish(self, number: int, content: Content, begin: float) -> Commit:
         """Write a prepared commit and delete those that are not to be kept; a thread does it for ``commit_async``."""
-        file = self._publish("commit", number, content)
+        file = self._folder.add("commit", number, content)
         if self._followed is not None:
             self._followed.last, self._followed.newest = file, number
-        self._prune()
-        path = self._path("commit", number)
-        return _commit_of(path, content.metadata, path.stat().st_size, perf_counter() - begin)
-
-    def _prune(self) -> None:
-        if self._keep_last is None and self._keep_every is None:
-            return
-        files = history.numbered(self.path, "commit")
-        for number in list(files)[: -(self._keep_last or 1)]:
-            if self._keep_every is None or number % self._keep_every:
-                remove(files[number])
-
-    def _copy(self, found: CommitFile, segment: Reference, begin: float) -> Commit:
-        """Write a copy of a commit as the newest one."""
-        number = self._free("commit")
-        metadata = {
-            **found.metadata,
-            "number": str(number),
-            **segment.written("segment"),
-            **found.file.written("parent"),
-        }
-        self._publish("commit", number, history.commit_content(metadata, found.snapshot))
-        path = self._path("commit", number)
-        return _commit_of(path, metadata, path.stat().st_size, perf_counter() - begin)
-
-
-def _commit_of(path: Path, metadata: Mapping[str, str], size: int, seconds: float = 0.0) -> Commit:
-    with container.refusing(path):
-        return Commit(
-            int(metadata["number"]),
-            int(metadata["step"]),
-            path,
-            size,
-            metadata["time"],
-            metadata["mask"],
-            int(metadata["segment"]),
-            seconds,
-        )
-
-
-def _changes(chain: list[Segment], snapshot: Snapshot) -> list[Entries]:
-    """Return what to write onto the base, in order."""
-    return [*(segment.sealed for segment in chain), by_name(chain[-1].mask, snapshot.values)]
-
-
-def _left(tuning: Tuning, below: Overlay) -> Entries:
-    """Return the entries that were trained once, are not masked now, and differ from what is below the mask."""
-    parameters = canonical_parameters(tuning.model)
-    left: Entries = {}
-    for name, indices in tuning.originals.indices.items():
-        masked = tuning.mask.indices.get(name, indices[:0])
-        indices = indices[~torch.isin(indices, masked)]
-        values = take(parameters[name], indices).cpu()
-        bits = tuning.originals.bits(name, indices)
-        if name in below:
-            places, known = below[name]
-            found = torch.searchsorted(places, indices).clamp_(max=len(places) - 1)
-            bits = torch.where(places[found] == indices, known[found], bits)
-        changed = raw_bits(values) != bits
-        if changed.any():
-            left[name] = (indices[changed], values[changed])
-    return left
-
-
-def _lay_over(below: Overlay, sealed: Entries) -> None:
-    """Have what a segment sealed replace or join what was sealed before."""
-    for name, (indices, values) in sealed.items():
-        bits = raw_bits(values)
-        if name in below:
-            places, known = below[name]
-            kept = ~torch.isin(places, indices)
-            indices, order = torch.cat([places[kept], indices]).sort()
-            bits = torch.cat([known[kept], bits])[order]
-        below[name] = (indices, bits)
-
-
-def _listed(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers if len(numbers) <= 6 else numbers[:5]))
-    return shown if len(numbers) <= 6 else f"{shown}, ... {numbers[-1]}"
+        self._folder.prune(self._keep_last, self._keep_every)
+        path = self._folder.path_of("commit", number)
+        return commit_of(path, content.metadata, path.stat().st_size, perf_counter() - begin)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from fishmask import container
 from fishmask.errors import FishError
+from fishmask.folder import Commit
 from fishmask.history import path_of
-from fishmask.log import CheckpointLog, Commit
+from fishmask.log import CheckpointLog
 from fishmask.publish import replace_file
 
 _START = b'{"fishmask": "commit", '

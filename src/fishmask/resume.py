@@ -1,6 +1,7 @@
 """Put what a checkpoint log holds into a model, and into what trains it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,29 @@ from torch.optim import Optimizer
 
 from fishmask.attach import Tuning
 from fishmask.errors import FishError
-from fishmask.history import Base, Segment, Snapshot, by_name, describe, write_entries
+from fishmask.folder import Commit
+from fishmask.history import Base, Entries, Problem, Segment, Snapshot, by_name, describe, write_entries
 from fishmask.moments import check_groups, give_back
 from fishmask.originals import Originals, persistent_buffers
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a restore found.
+
+    Attributes:
+        commit: The commit that the model now holds.
+        step: Its training step.
+        state: What was given as ``state`` to the commit, by name; objects as their ``state_dict()``.
+        skipped: Newer commits that could not be used, with the reason.
+        tuning: The attached model's tuning; None when the model is not attached.
+    """
+
+    commit: Commit
+    step: int
+    state: dict[str, Any]
+    skipped: list[Problem]
+    tuning: Tuning | None
 
 
 def check_request(snapshot: Snapshot, optimizer: Optimizer | None, state: Mapping[str, Any], path: Path) -> None:
@@ -57,6 +78,31 @@ def check_base(base: Base, model: nn.Module, tuning: Tuning | None) -> None:
     if problems:
         listed = ";\n  ".join(problems)
         raise FishError(f"the model is not the one of this log:\n  {listed}")
+
+
+def whole_state(
+    base: Base, changed: Sequence[Entries], snapshot: Snapshot, model: nn.Module | None
+) -> dict[str, Tensor]:
+    """Return all weights and buffers of a moment; ``base`` may be changed.
+
+    Args:
+        base: The base.
+        changed: What to write onto it.
+        snapshot: What the commit holds.
+        model: The model that holds the weights that are not stored in ``base``; it is not changed.
+
+    Raises:
+        FishError: It is another model.
+    """
+    weights = dict(base.weights)
+    if base.fingerprint is not None and model is not None:
+        check_base(base, model, None)
+        weights = {n: weights[n] if n in weights else p.detach().cpu() for n, p in model.named_parameters()}
+        touched = {name for entries in changed for name in entries}
+        weights |= {name: weights[name].clone() for name in touched}
+    write_entries(weights, changed)
+    tensors = {**weights, **base.buffers, **snapshot.buffers}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def fill(model: nn.Module, base: Base, chain: Sequence[Segment], snapshot: Snapshot) -> None:

@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 from fishmask import rng
 from fishmask.attach import tuning_of
 from fishmask.errors import FishError
-from fishmask.history import path_of
-from fishmask.log import CheckpointLog, Commit
+from fishmask.folder import Commit
+from fishmask.log import CheckpointLog
 from fishmask.moments import check_members
 from fishmask.pointer import Pointer
-from fishmask.publish import remove, replace_file, sync_directory
+from fishmask.publish import replace_file, sync_directory
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -277,7 +277,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         for number, folder in list(self._folders.items()):
             if latest[folder] != number or not folder.is_dir():
                 del self._folders[number]
-                remove(path_of(self.checkpoint_log.path, "commit", number))
+                self.checkpoint_log.delete(number)
 
 
 def _pointer(folder: Path) -> Pointer | None:
