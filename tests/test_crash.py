@@ -62,7 +62,9 @@ def follow(disk: Disk, log: CheckpointLog, training: Training, plan: str) -> Non
         elif word == "c":
             commit = training.commit(log)
         else:
-            commit = training.commit(log, behind=True).result()
+            future = training.commit(log, behind=True)
+            log.wait()  # so that an error comes out once
+            commit = future.result()
         disk.mark("done", commit.number)
 
 
