@@ -403,8 +403,9 @@ def test_groups_over_a_change_of_mask_resume(name: str, later: Mask, tmp_path: P
 def test_entries_that_left_at_the_base_and_at_odd_bits(tmp_path: Path) -> None:
     through = Training(A)
     nan = torch.tensor(0x7FC00123, dtype=torch.int32).view(torch.float32)
+    odds = [nan, *torch.tensor([0.0, -0.0, 1e-45, float("-inf")])]
     with CheckpointLog(tmp_path) as log:
-        for odd in (nan, torch.tensor(-0.0), torch.tensor(1e-45), torch.tensor(float("-inf"))):
+        for odd in odds:
             change(through, A)
             with torch.no_grad():
                 through.tuning.values.fill_(odd)
@@ -417,16 +418,35 @@ def test_entries_that_left_at_the_base_and_at_odd_bits(tmp_path: Path) -> None:
                 p.copy_(base[name].reshape(-1)[A.indices[name]])
         change(through, C)
         through.commit(log)
-    for number in range(1, 6):
+    for number in range(1, 7):
         again = Training(C, seed=number)
         again.restore(CheckpointLog(tmp_path), at=number)
         left = again.model.state_dict()["up.weight"].reshape(-1)[A.indices["up.weight"]]
-        odd = [nan, torch.tensor(-0.0), torch.tensor(1e-45), torch.tensor(float("-inf"))]
-        expected = (
-            odd[number - 1].expand_as(left) if number < 5 else base["up.weight"].reshape(-1)[A.indices["up.weight"]]
-        )
-        assert same(left, expected)
+        began = base["up.weight"].reshape(-1)[A.indices["up.weight"]]
+        assert same(left, odds[number - 1].expand_as(left) if number < 6 else began)
     check_same_history(again, through)
+
+
+def test_entries_that_go_back_to_the_base_after_a_restore(tmp_path: Path) -> None:
+    through = Training(A)
+    base = base_of(through)
+    with CheckpointLog(tmp_path) as log:
+        through.run(1)
+        change(through, B)
+        through.commit(log)  # seals what A has trained
+    again = Training(C, seed=4)
+    with CheckpointLog(tmp_path) as log:
+        again.restore(log)
+        change(again, A)
+        with torch.no_grad():
+            for name, p in again.tuning.named_parameters():
+                p.copy_(base[name].reshape(-1)[A.indices[name]])
+        change(again, B)
+        again.commit(log)
+        end = again.state()
+    third = Training(C, seed=5)
+    third.restore(CheckpointLog(tmp_path))
+    assert not differences(third.state(), end)
 
 
 # --- going back, and elsewhere ----------------------------------------------------------------------------------------
