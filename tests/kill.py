@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import fishmask
+import fishmask.folder
 from fishmask import CheckpointLog, Mask
 
 PERIOD = 4  # steps with one mask
@@ -184,8 +184,18 @@ def lines(reading: int) -> Iterator[list[str]]:
             yield line.split()
 
 
-def kill(folder: Path, seed: int, kills: int) -> Counter[str]:
-    """Kill that many children, and count what the next ones find."""
+def written_in_place(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a file as a program does that thinks of nothing."""
+    with path.open("wb", buffering=0) as file:
+        for part in parts:
+            file.write(part)
+            time.sleep(0.001)
+
+
+def kill(folder: Path, seed: int, kills: int, faulty: int = 0) -> Counter[str]:
+    """Kill that many children, and count what the next ones find; with a fault in the log, until one finds it."""
+    if faulty:
+        fishmask.folder.publish = written_in_place
     chance, seen = random.Random(seed), Counter[str]()
     expected = references(STEPS)
     promised = 0
