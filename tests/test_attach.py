@@ -400,6 +400,37 @@ def test_refused_mask_change_changes_nothing(what: str) -> None:
     assert tuning.mask == Mask.from_indices({"weight": [0, 4]})
 
 
+def test_lbfgs_trains_the_values_of_a_mask_set_before_its_first_step() -> None:
+    model = nn.Linear(3, 2)
+    tuning = fishmask.attach(model, Mask.from_indices({"weight": [0, 1, 2]}))
+    optimizer = torch.optim.LBFGS(tuning.parameters())
+    tuning.set_mask(Mask.from_indices({"weight": [4], "bias": [0, 1]}), optimizer)
+    before = tuning.values.clone()
+    optimizer.step(lambda: differentiated(model(torch.ones(1, 3)).square().sum()))
+    assert (tuning.values != before).all()
+
+
+def differentiated(loss: torch.Tensor) -> torch.Tensor:
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("change", ["shape", "gone"])
+def test_a_buffer_of_another_shape_is_told(change: str) -> None:
+    model = nn.Linear(3, 2)
+    model.register_buffer("history", torch.zeros(2))
+    model.register_buffer("strided", torch.arange(2.0)[::2])
+    tuning = fishmask.attach(model, Mask.from_indices({"weight": [0]}))
+    tuning.delta()
+    if change == "shape":
+        model.history = torch.zeros(3)
+    else:
+        del model.history
+    for refused in (tuning.delta, tuning.revert):
+        with pytest.raises(fishmask.FishError, match="buffer history"):
+            refused()
+
+
 def test_lbfgs_sees_its_trial_values() -> None:
     torch.manual_seed(0)
     model, x, y = nn.Linear(3, 1), torch.randn(8, 3), torch.randn(8, 1)

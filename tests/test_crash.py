@@ -570,6 +570,31 @@ def test_without_locks_a_second_writer_overwrites_nothing(tmp_path, unsynced):
     check_second_writer(tmp_path)
 
 
+def test_without_locks_a_second_writer_clears_nothing_away(tmp_path, unsynced):
+    """What no commit builds on may be of one that the other writer is making."""
+    first, second = CheckpointLog(tmp_path), CheckpointLog(tmp_path)
+    training, other = Training(), Training(seed=5)
+    training.advance()
+    expected = training.digest()
+    publish = fishmask.folder.publish
+
+    def late(path: Path, parts: object) -> None:
+        if path.name.startswith("commit"):
+            patch.undo()
+            with pytest.MonkeyPatch.context() as full, pytest.raises(OSError, match="No space left"):
+                full.setattr("fishmask.log.history.commit_content", fail)
+                other.commit(second)
+        publish(path, parts)
+
+    with pytest.MonkeyPatch.context() as locks, pytest.MonkeyPatch.context() as patch:
+        locks.setattr("fcntl.flock", without_locks)
+        patch.setattr("fishmask.folder.publish", late)
+        training.commit(first)
+        first.close()
+        second.close()
+    assert first.verify() == [] and digest_of(tmp_path) == expected
+
+
 @pytest.mark.slow
 def test_no_kill_loses_an_acknowledged_commit(tmp_path):
     seen = ask("kills", tmp_path, 0, 205)

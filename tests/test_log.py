@@ -248,7 +248,7 @@ def test_a_resumed_training_equals_the_uninterrupted_one(name: str, tmp_path: Pa
     check_resume(tmp_path, OPTIMIZERS[name])
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "lbfgs"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_so_it_does_in_a_model_that_trained_another_mask(name: str, tmp_path: Path) -> None:
     check_resume(tmp_path, OPTIMIZERS[name], other=scattered(5, 0.2))
 

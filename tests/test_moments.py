@@ -222,3 +222,11 @@ def test_another_number_of_groups_is_refused() -> None:
     optimizer = torch.optim.SGD([{"params": [p]} for p in values.values()], lr=0.1)
     with pytest.raises(ValueError, match=r"has 3 parameter groups, the commit's had 1: build it as it was built then"):
         check_groups(optimizer, moments)
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused() -> None:
+    values = values_of()
+    moments = gather(values, torch.optim.SGD(values.values(), lr=0.1))
+    check_groups(torch.optim.SGD(values.values(), lr=0.2), moments)
+    with pytest.raises(ValueError, match="is AdamW, the commit's was SGD"):
+        check_groups(torch.optim.AdamW(values.values()), moments)

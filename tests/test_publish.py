@@ -256,7 +256,13 @@ def test_a_system_without_locks_will_do(tmp_path, monkeypatch, name):
     monkeypatch.setattr("fcntl.flock", failing(getattr(errno, name)))
     lock = Lock(tmp_path / "lock")
     lock.acquire()
-    assert lock.held
+    assert lock.held and not lock.exclusive
+    monkeypatch.undo()
+    lock.release()
+    lock.acquire()
+    assert lock.exclusive
+    lock.release()
+    assert not lock.exclusive
 
 
 HOLDER = """

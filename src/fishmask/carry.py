@@ -61,9 +61,11 @@ def carry_optimizer(optimizer: Optimizer, before: Mapping[str, Entry], after: Ma
                 kept.append(p)
             elif name in after:
                 kept.append(after[name].values)
-        group["params"] = kept
+        group["params"][:] = kept  # in place: L-BFGS holds this list
     added = {name: entry.values for name, entry in after.items() if name not in before}
     home["params"] += added.values()
+    if hasattr(optimizer, "_numel_cache"):
+        optimizer._numel_cache = None  # L-BFGS counts its values once
     values = {id(entry.values): name for name, entry in after.items()}
     for group in optimizer.param_groups:
         if "param_names" in group:  # built from named_parameters()

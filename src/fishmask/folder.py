@@ -163,12 +163,15 @@ class LogFolder:
         Args:
             needed: A segment that is needed although no commit may belong to it yet.
         """
-        for path in leftovers(self.path):
-            remove(path)
+        if self._lock.exclusive:  # else they may be of a commit that another process is making
+            for path in leftovers(self.path):
+                remove(path)
         self.remove_unused(needed)
 
     def remove_unused(self, needed: Reference | None) -> None:
         """Remove segments and bases that no commit builds on: of a commit that never came, of a halted ``compact``."""
+        if not self._lock.exclusive:
+            return
         sync_directory(self.path)  # a deleted commit that a loss of power brings back would need them
         bases, segments = history.numbered(self.path, "base"), history.numbered(self.path, "segment")
         try:

@@ -71,7 +71,17 @@ def gather(values: Named, optimizer: Optimizer) -> Moments:
         }
         for group in optimizer.param_groups
     ]
-    rest = {"groups": groups, "scalars": scalars, "other": {i: state for i, state in other.items() if state}}
+    rest: dict[str, Any] = {
+        "kind": type(optimizer).__name__,
+        "groups": groups,
+        "scalars": scalars,
+        "other": {i: state for i, state in other.items() if state},
+    }
+        "kind": type(optimizer).__name__,
+        "groups": groups,
+        "scalars": scalars,
+        "other": {i: state for i, state in other.items() if state},
+    }
     # What some optimizers keep besides: under names of their own instead of parameters, or beside state and groups.
     rest["own"] = {key: item for key, item in packed["state"].items() if not isinstance(key, int)}
     rest["further"] = {key: item for key, item in packed.items() if key not in ("state", "param_groups")}
@@ -100,7 +110,12 @@ def _shared_keys(states: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def check_groups(optimizer: Optimizer, moments: Moments) -> None:
-    """Raise ValueError unless ``optimizer`` has as many groups as the one whose state was gathered."""
+    """Raise ValueError unless ``optimizer`` is of the kind, and has the groups, of the one whose state was gathered."""
+    if moments.rest["kind"] != (kind := type(optimizer).__name__):
+        raise ValueError(
+            f"the optimizer is {kind}, the commit's was {moments.rest['kind']}: build one of that kind, or restore "
+            "without an optimizer and begin its state anew"
+        )
     expected, found = len(moments.rest["groups"]), len(optimizer.param_groups)
     if expected != found:
         raise ValueError(

@@ -51,7 +51,7 @@ class Originals:
 
     def check(self, model: nn.Module) -> None:
         """Raise FishError if anything but the remembered entries changed, told by a sum over each parameter's bits."""
-        parameters = canonical_parameters(model)
+        parameters, buffers = canonical_parameters(model), persistent_buffers(model)
         changed = []
         for name, (dtype, total) in self._sums.items():
             p = parameters.get(name)
@@ -64,10 +64,13 @@ class Originals:
                 now += _sum(original.bits) - _sum(take(p, original.indices))
             if now != total:
                 changed.append(name)
+        for name, buffer in self._buffers.items():
+            if name not in buffers or (buffers[name].shape, buffers[name].dtype) != (buffer.shape, buffer.dtype):
+                changed.append(f"buffer {name}")
         if changed:
             shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
             raise FishError(
-                "the base is gone: parameters were changed outside the mask, converted or removed since attach(): "
+                "the base is gone: what is listed was changed outside the mask, converted or removed since attach(): "
                 f"{shown}. Load other weights or convert the model before attach(), or after detach()"
             )
 
@@ -136,4 +139,6 @@ def _sum(tensor: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().flatten().view(torch.uint8)
+    # A strided tensor of one element counts as contiguous and yet has no view of its bytes.
+    flat = tensor.detach().reshape(-1)
+    return (flat.clone(memory_format=torch.contiguous_format) if flat.numel() == 1 else flat).view(torch.uint8)

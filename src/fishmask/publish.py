@@ -149,6 +149,7 @@ class Lock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._handle: int | None = None
+        self.exclusive = False  # whether it is held and the system has locks: else others may write as well
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when Python ends
         if self._handle is not None:
@@ -170,6 +171,7 @@ class Lock:
         handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(handle)
+            self.exclusive = True
         except (BlockingIOError, PermissionError) as error:
             os.close(handle)
             raise FishError(
@@ -186,6 +188,7 @@ class Lock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+            self.exclusive = False
         _HELD.discard(self)
 
 
