@@ -77,11 +77,6 @@ def gather(values: Named, optimizer: Optimizer) -> Moments:
         "scalars": scalars,
         "other": {i: state for i, state in other.items() if state},
     }
-        "kind": type(optimizer).__name__,
-        "groups": groups,
-        "scalars": scalars,
-        "other": {i: state for i, state in other.items() if state},
-    }
     # What some optimizers keep besides: under names of their own instead of parameters, or beside state and groups.
     rest["own"] = {key: item for key, item in packed["state"].items() if not isinstance(key, int)}
     rest["further"] = {key: item for key, item in packed.items() if key not in ("state", "param_groups")}

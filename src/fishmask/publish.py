@@ -53,7 +53,8 @@ def replace_file(path: Path, parts: Parts) -> None:
     """Write a file so that after a crash at any point the path holds the new bytes or what it held before.
 
     Raises:
-        OSError: The file cannot be written; what it held before is still there.
+        OSError: The file cannot be written; the path holds what it held before, or the new bytes where only the folder
+            could not be made durable.
     """
     temporary = _write_temporary(path, parts)
     try:
