@@ -248,8 +248,8 @@ def segment_content(segment: Segment) -> Content:
 
 
 def commit_content(metadata: Mapping[str, str], snapshot: Snapshot) -> Content:
-    """Describe a commit. Everything is copied: what training does afterwards does not reach it."""
-    tensors = {"values": snapshot.values.detach().to("cpu", copy=True)}
+    """Describe a commit. All but ``snapshot.values`` is copied: what training does afterwards does not reach it."""
+    tensors = {"values": snapshot.values.detach().cpu()}
     held: dict[str, Any] = {"buffers": snapshot.buffers, "rng": snapshot.rng, "state": snapshot.state}
     if snapshot.moments is not None:
         tensors |= {f"optimizer/{key}": vector for key, vector in snapshot.moments.vectors.items()}
@@ -265,7 +265,7 @@ def commit_content(metadata: Mapping[str, str], snapshot: Snapshot) -> Content:
 def _read(folder: Path, kind: str, number: int, digest: str | None) -> tuple[Path, Content]:
     path = path_of(folder, kind, number)
     try:
-        content = container.read(path, kind)
+        content = container.read(path, kind, mapped=kind == "base")
     except FileNotFoundError:
         raise FishError(f"{path} is missing, and commits of this log need it") from None
     if content.metadata.get("number") != str(number):

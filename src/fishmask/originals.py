@@ -44,6 +44,8 @@ class Originals:
             self._entries[name] = _Original(indices, take(weight, indices))
             return
         known = self._entries[name]
+        if torch.equal(known.indices, indices):
+            return
         new = indices[~torch.isin(indices, known.indices)]
         merged, order = torch.cat([known.indices, new]).sort()
         bits = torch.cat([known.bits, take(weight, new)])
