@@ -482,6 +482,57 @@ def test_what_a_crash_left_goes_with_the_next_writer(log: tuple[Path, dict[int, 
     assert survey(folder, {**states, 4: states[3]}) == ([1, 2, 3, 4], {})
 
 
+def test_the_janitor_leaves_what_others_keep_in_the_folder(log: tuple[Path, dict[int, Any]]) -> None:
+    folder, _ = log
+    (folder / ".notes.tmp").write_bytes(b"mine")
+    (folder / ".checkpoint-3.tmp").mkdir()
+    (folder / ".commit-00000009.safetensors.0123456789abcdef.tmp").write_bytes(b"half")
+    training = Training(C)
+    with CheckpointLog(folder) as writer:
+        training.restore(writer)
+        training.commit(writer)
+    assert [name for name in names(folder) if name.endswith(".tmp")] == [".checkpoint-3.tmp", ".notes.tmp"]
+
+
+def test_a_training_goes_on_after_its_newest_commit_was_deleted(tmp_path: Path) -> None:
+    training, log = Training(A), CheckpointLog(tmp_path)
+    for step in (1, 2, 3):
+        training.commit(log, step)
+    log.close()
+    log.delete(3)
+    with log:
+        assert training.commit(log, 4).step == 4
+    assert [commit.step for commit in log.commits] == [1, 2, 4]
+    assert log.verify() == []
+    log.delete(log.numbers[-1])
+    with CheckpointLog(tmp_path) as other:  # another one went on, and its commits have these numbers now
+        again = Training(A)
+        again.restore(other)
+        again.commit(other, 5), again.commit(other, 6)
+    with pytest.raises(FishError, match="restore one first"):
+        training.commit(log, 7)
+    log.close()
+
+
+def test_another_segment_under_the_same_number_is_not_built_upon(tmp_path: Path) -> None:
+    training, log = Training(A), CheckpointLog(tmp_path)
+    training.commit(log, 1)
+    change(training, B)
+    training.commit(log, 2)
+    log.close()
+    other, again = CheckpointLog(tmp_path), Training(A)
+    other.delete(2)
+    with other:  # the janitor takes the segment of B, and that of C has its number then
+        again.restore(other)
+        change(again, C)
+        again.commit(other, 2)
+    assert log.numbers == [1, 2]
+    with pytest.raises(FishError, match="restore one first"):
+        training.commit(log, 3)
+    log.close()
+    assert log.verify() == []
+
+
 @pytest.mark.parametrize("name", ["segment-00000001", "segment-00000002", "base-00000001", "commit-00000001"])
 @pytest.mark.parametrize("how", ["missing", "damaged", "not a file of ours", "of another log"])
 def test_the_janitor_takes_nothing_that_could_be_needed(

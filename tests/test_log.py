@@ -821,6 +821,12 @@ def test_a_refused_commit_leaves_no_trace(name: str, how: str, tmp_path: Path) -
         fresh.commit(log)
 
 
+def test_a_commit_that_is_refused_for_its_base_makes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(FishError, match="the base is gone"):
+        other_base(Training(A)).commit(CheckpointLog(tmp_path / "log"))
+    assert not (tmp_path / "log").exists()
+
+
 @pytest.mark.parametrize("step", [3, np.int64(3), torch.tensor(3), True])
 def test_steps_are_whole_numbers_of_any_type(step: Any, tmp_path: Path) -> None:
     with CheckpointLog(tmp_path) as log:
@@ -1051,6 +1057,9 @@ def test_a_log_that_another_went_on_with_meanwhile_is_not_gone_on_with(tmp_path:
     for attempt in (log.commit, log.commit_async):
         with pytest.raises(FishError, match="restore"):
             attempt(through.tuning, step=3)
+        with CheckpointLog(tmp_path) as other:  # the refusal has let go of the log
+            Training(A).restore(other)
+            other._claim()
     assert content(tmp_path) == before
     log.close()
     through.restore(log)

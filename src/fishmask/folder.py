@@ -62,6 +62,13 @@ class LogFolder:
         """Return the path of a file."""
         return history.path_of(self.path, kind, number)
 
+    def holds(self, kind: str, file: Reference) -> bool:
+        """Whether a file is there and is the one that is meant, as its header says."""
+        try:
+            return container.peek(self.path_of(kind, file.number), kind)["digest"] == file.digest
+        except (FishError, OSError):
+            return False
+
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def existing(self, at: int | None) -> list[int]:
@@ -164,8 +171,10 @@ class LogFolder:
             needed: A segment that is needed although no commit may belong to it yet.
         """
         if self._lock.exclusive:  # else they may be of a commit that another process is making
+            ours = tuple(f".{kind}-" for kind in history.KINDS)  # the folder may hold what others write, too
             for path in leftovers(self.path):
-                remove(path)
+                if path.name.startswith(ours):
+                    remove(path)
         self.remove_unused(needed)
 
     def remove_unused(self, needed: Reference | None) -> None:

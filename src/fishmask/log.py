@@ -49,7 +49,7 @@ class CheckpointLog:
         path: The folder; made at the first commit.
         store_base: Whether to keep the base's weights in the log, which makes it complete. Without them, a log of a
             well-known pretrained model stays small, and a restore takes a model that holds these weights.
-        keep_last: Keep only this many of the newest commits; by default all.
+        keep_last: Keep only this many of the newest commits; by default all, or with ``keep_every`` the newest one.
         keep_every: Keep besides every commit whose number this divides.
 
     Raises:
@@ -341,6 +341,8 @@ class CheckpointLog:
         """Delete a commit, if it is there; the others do not need it."""
         self.wait()
         remove(self._folder.path_of("commit", number))
+        if self._followed is not None and self._followed.newest == number:  # what is newer is another process's
+            self._followed.newest = max((n for n in self.numbers if n <= number), default=0)
 
     def compact(self) -> Commit:
         """Fold the newest commit and all that it builds on into a new base, and delete everything else.
@@ -407,8 +409,8 @@ class CheckpointLog:
             return
         self._folder.claim()
         if (known := self._followed) is not None:
-            newest, segment = max(self.numbers, default=0), self._folder.path_of("segment", known.segment.file.number)
-            if newest != known.newest or not segment.exists():
+            newest = max(self.numbers, default=0)
+            if newest != known.newest or not self._folder.holds("segment", known.segment.file):
                 self._followed = None
         self._folder.tidy(self._needed())
 
@@ -444,15 +446,16 @@ class CheckpointLog:
         named = {name: named[name] for name in order.indices}
         moments = None if optimizer is None else gather(named, optimizer)
         tree.pack(moments.rest if moments else None, "the optimizer's state")
+        if known is None or not stays or known.loads != tuning.loads:  # weights that came along may not be the base's
+            tuning.originals.check(tuning.model)
         now = generators.capture()
         self._claim()
         if self._following(tuning) is not known or (known is None and self.numbers):
+            self._folder.release()
             return self._prepare(tuning, optimizer, step, state)  # another process has written meanwhile
         if known is None or not stays:
             known = self._begin_segment(tuning, known, now)
-        elif known.loads != tuning.loads:  # weights may have come along that are not the base's
-            tuning.originals.check(tuning.model)
-            known.loads = tuning.loads
+        known.loads = tuning.loads
         changed = {name: s for name, s in now.items() if tree.pack(s) != tree.pack(known.segment.rng.get(name))}
         buffers = tuning.originals.changed_buffers(tuning.model)
         number = self._folder.free("commit")
@@ -469,7 +472,6 @@ class CheckpointLog:
 
     def _begin_segment(self, tuning: Tuning, known: Followed | None, now: dict[str, Any]) -> Followed:
         """Write the base when it is new, then the segment of the tuning's mask, and follow the tuning."""
-        tuning.originals.check(tuning.model)
         sealed = left_entries(tuning, known.below if known else {})
         if known is not None:
             base, parent, last = known.segment.base, known.segment.file, known.last
