@@ -1,6 +1,7 @@
 """Writing files whole or not at all, and one writer per folder."""
 
 import errno
+import fcntl
 import os
 import signal
 import stat
@@ -144,6 +145,23 @@ def test_an_interrupt_leaves_nothing(tmp_path, write):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "file", parts())
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_where_a_sync_has_a_fuller_form_it_is_used(tmp_path, monkeypatch, works):
+    synced = []
+
+    def control(handle: int, command: int) -> None:
+        synced.append((command, stat.S_ISDIR(os.fstat(handle).st_mode)))
+        if not works:
+            raise OSError(errno.ENOTSUP, "not on this file system")
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append("plain"))
+    publish.publish(tmp_path / "file", PARTS)
+    plain = [] if works else ["plain"]
+    assert synced == [(51, False), *plain, (51, True), *plain]
 
 
 def test_leftovers_are_the_temporary_files_only(tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ from fishmask.errors import FishError
 
 if sys.platform == "win32":
     import msvcrt
+
+    fcntl = None
 else:
     import fcntl
 
@@ -95,12 +97,21 @@ def sync_directory(folder: Path) -> None:
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        _sync(handle)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(handle)
+
+
+def _sync(handle: int) -> None:
+    """Have the disk itself take what was written: on macOS ``fsync`` leaves it in the cache of the drive."""
+    if (whole := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
+        with contextlib.suppress(OSError):  # a file system that has no such thing
+            fcntl.fcntl(handle, whole)
+            return
+    os.fsync(handle)
 
 
 def _write_temporary(path: Path, parts: Parts) -> Path:
@@ -113,7 +124,7 @@ def _write_temporary(path: Path, parts: Parts) -> Path:
                 view = memoryview(part)
                 while view:  # the system may take less than it is given
                     view = view[os.write(handle, view) :]
-            os.fsync(handle)
+            _sync(handle)
         finally:
             os.close(handle)
     except BaseException as error:
