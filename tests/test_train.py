@@ -298,6 +298,9 @@ def test_another_training_does_not_go_on_from_these_commits(folder, examples, tm
             tuned(folder, examples, replace(TINY, learning_rate=1e-4), checkpoints=log)
         with pytest.raises(FishError, match="other data"):
             tuned(folder, replace(examples, texts=examples.texts[::-1]), TINY, checkpoints=log)
+        with pytest.raises(FishError, match="another mask"):
+            mask = Mask.random(start(folder, examples, TINY.seed)[0].model, 0.1, seed=3)
+            tuned(folder, examples, TINY, checkpoints=log, mask=mask)
         assert sorted(path.name for path in log.path.iterdir()) == before
     with pytest.raises(ValueError, match="no mask"):
         tuned(folder, examples, replace(TINY, method="full"), checkpoints=log)

@@ -78,9 +78,9 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
         tuning = _tuning(pl_module)
         optimizer = _optimizer(trainer)
         check_members(dict(tuning.named_parameters()), optimizer)
-        if self._named is None and not self._begun and (commits := self.checkpoint_log.commits):
+        if self._named is None and not self._begun and (numbers := self.checkpoint_log.numbers):
             raise FishError(
-                f"{self.checkpoint_log.path} holds {len(commits)} commits of a training that this one does not resume: "
+                f"{self.checkpoint_log.path} holds {len(numbers)} commits of a training that this one does not resume: "
                 "give fit(ckpt_path=...), or another folder"
             )
         if self._named is not None:

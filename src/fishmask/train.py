@@ -88,7 +88,7 @@ def fit(
 
     Raises:
         Diverged: The loss is not finite.
-        FishError: ``checkpoints`` holds another training: other data, or another recipe.
+        FishError: ``checkpoints`` holds another training: other data, another recipe, or another mask.
     """
     torch.manual_seed(recipe.seed)  # for dropout
     steps = recipe.epochs * math.ceil(len(data) / recipe.batch_size)
@@ -101,7 +101,7 @@ def fit(
         raise ValueError(f"method={recipe.method!r} has no mask, so its training cannot be committed")
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-    training = "" if checkpoints is None else _identity(data, recipe)
+    training = "" if checkpoints is None else _identity(data, recipe, mask)
     resumed = checkpoints if checkpoints is not None and checkpoints.numbers else None
     if resumed is not None:
         outcome = Outcome(attach(model, resumed.mask()), 0, **_known(resumed, training))
@@ -152,10 +152,10 @@ def fit(
     return outcome
 
 
-def _identity(data: Encoded, recipe: Recipe) -> str:
+def _identity(data: Encoded, recipe: Recipe, mask: Mask | None) -> str:
     """Return a digest of what a training depends on besides its base."""
     targets = None if data.targets is None else data.targets.tolist()
-    return digest_of([asdict(recipe), data.fields, targets])
+    return digest_of([asdict(recipe), data.fields, targets, None if mask is None else mask.digest])
 
 
 def _known(checkpoints: CheckpointLog, training: str) -> dict[str, Any]:
@@ -163,8 +163,8 @@ def _known(checkpoints: CheckpointLog, training: str) -> dict[str, Any]:
     state = checkpoints.read()[2].state
     if state.get("training") != training:
         raise FishError(
-            f"{checkpoints.path} holds an interrupted training on other data or by another recipe: resume that one, "
-            "delete the folder, or name another"
+            f"{checkpoints.path} holds an interrupted training on other data, by another recipe or of another mask: "
+            "resume that one, delete the folder, or name another"
         )
     outcome: dict[str, Any] = state["outcome"]
     return outcome

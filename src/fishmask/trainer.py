@@ -105,9 +105,9 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Refuse to add to the log of another training, before the first step; go on with the loss to be logged."""
-        if not self._begun and (commits := self.checkpoint_log.commits):
+        if not self._begun and (numbers := self.checkpoint_log.numbers):
             raise FishError(
-                f"{self.checkpoint_log.path} holds {len(commits)} commits of a training that this one does not resume: "
+                f"{self.checkpoint_log.path} holds {len(numbers)} commits of a training that this one does not resume: "
                 "give resume_from_checkpoint, or another folder"
             )
         if self._loss is not None:
