@@ -54,6 +54,15 @@ def load(path: Path) -> object:
     return Mask.load(path) if path.name == "mask" else Delta.load(path)
 
 
+@pytest.mark.parametrize(("letters", "level"), [(60_000, 19), (70_000, 3)])
+def test_a_long_description_is_not_compressed_for_long(letters, level, monkeypatch):
+    levels, compress = [], container.compress
+    monkeypatch.setattr(container, "compress", lambda data, level: levels.append(level) or compress(data, level))
+    description = {"log": "x" * letters}
+    assert container.serialise("mask", container.Content({}, description, {}))[0]
+    assert levels == [level]
+
+
 def signed(data: bytes) -> bytes:
     """Make the digest right again."""
     digest = hashlib.sha256(data[:35] + b"0" * 64 + data[99:]).hexdigest()
