@@ -77,7 +77,9 @@ def check_base(base: Base, model: nn.Module, tuning: Tuning | None) -> None:
                 problems = [f"other weights: {name}" for name in base.other_weights(model)]
     if problems:
         listed = ";\n  ".join(problems)
-        raise FishError(f"the model is not the one of this log:\n  {listed}")
+        raise FishError(
+            f"the model is not the one of this log; build and load it as it was before the first commit:\n  {listed}"
+        )
 
 
 def whole_state(
