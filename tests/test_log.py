@@ -701,7 +701,9 @@ def test_another_base_is_refused_and_named(tmp_path: Path) -> None:
     trained = Training(A, model=lambda: plain)
     before = copy.deepcopy(plain.state_dict())
     for model in (plain, trained.model, trained.tuning):
-        with pytest.raises(FishError, match=r"is not the one of this log; build and load it .*:\n  other weights: norm.weight$"):
+        with pytest.raises(
+            FishError, match=r"is not the one of this log; build and load it .*:\n  other weights: norm.weight$"
+        ):
             CheckpointLog(tmp_path).restore(model)
     assert same(dict(before), dict(plain.state_dict()))
 
