@@ -63,7 +63,8 @@ class Pointer(NamedTuple):
         here = path_of(log.path, "commit", self.commit)
         if here.exists() and self._is(container.peek(here, "commit")):
             return self.commit
-        moved = [commit.number for commit in log.commits if (commit.step, commit.time) == (self.step, self.time)]
+        copies = [commit for commit in log.commits if commit.number > self.commit]
+        moved = [commit.number for commit in copies if (commit.step, commit.time) == (self.step, self.time)]
         return moved[-1] if moved else None
 
     def found(self, log: CheckpointLog, path: Path) -> int:
