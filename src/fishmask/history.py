@@ -7,7 +7,7 @@ masks before it, oldest first, then the values of the commit.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -387,7 +387,7 @@ def by_name(mask: Mask, values: Tensor) -> Entries:
     return {name: (index, part) for (name, index), part in zip(mask.indices.items(), parts, strict=True)}
 
 
-def changes(chain: list[Segment], snapshot: Snapshot) -> list[Entries]:
+def changes(chain: Sequence[Segment], snapshot: Snapshot) -> list[Entries]:
     """Return what to write onto the base, in order."""
     return [*(segment.sealed for segment in chain), by_name(chain[-1].mask, snapshot.values)]
 

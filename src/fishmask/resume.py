@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from fishmask.attach import Tuning
 from fishmask.errors import FishError
 from fishmask.folder import Commit
-from fishmask.history import Base, Entries, Problem, Segment, Snapshot, by_name, describe, write_entries
+from fishmask.history import Base, Entries, Problem, Segment, Snapshot, by_name, changes, describe, write_entries
 from fishmask.moments import check_groups, give_back
 from fishmask.originals import Originals, persistent_buffers
 
@@ -111,7 +111,7 @@ def fill(model: nn.Module, base: Base, chain: Sequence[Segment], snapshot: Snaps
     """Write the weights and buffers of a moment into a model that is not attached, in place."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     _write_base(model, base)
-    write_entries(parameters, (*(segment.sealed for segment in chain), by_name(chain[-1].mask, snapshot.values)))
+    write_entries(parameters, changes(chain, snapshot))
     _write_buffers(model, snapshot.buffers)
 
 
