@@ -763,7 +763,7 @@ FAILED = (AssertionError, pytest.fail.Exception)
 
 
 def test_a_digest_that_is_not_checked_would_be_seen(tmp_path, monkeypatch, unsynced):
-    def read(path: Path, kind: str, mapped: bool = False) -> container.Content:
+    def read(path: Path, kind: str) -> container.Content:
         with container.refusing(path):
             return container._parse(path, container._bytes_of(path), kind)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fishmask.cli_mask import Json
-from fishmask.console import print_json, print_table, report, working
+from fishmask.console import note, print_json, print_table, report, text_of, working
 
 LogFolder = Annotated[Path, typer.Argument(help="The folder of a checkpoint log.")]
 At = Annotated[int | None, typer.Option(help="Number of the commit; by default the newest.")]
@@ -22,7 +22,10 @@ def list_commits(log: LogFolder, json: Json = False) -> None:
     """
     from fishmask.log import CheckpointLog
 
-    commits = CheckpointLog(_existing(log)).commits
+    opened = CheckpointLog(_existing(log))
+    commits = opened.commits
+    if damaged := sorted(set(opened.numbers) - {commit.number for commit in commits}):
+        note(f"commits with a damaged header: {text_of(damaged)}; fishmask checkpoints verify tells more")
     if json:
         print_json([{**vars(commit), "path": str(commit.path)} for commit in commits])
         return

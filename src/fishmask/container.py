@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import math
-import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -124,14 +123,12 @@ def serialise(kind: str, content: Content) -> tuple[str, Iterator[bytes | memory
     return digest, itertools.chain([header], (raw_bytes(tensors[name]) for name in order))
 
 
-def read(path: str | os.PathLike[str], kind: str, mapped: bool = False) -> Content:
+def read(path: str | os.PathLike[str], kind: str) -> Content:
     """Read a file back, after verifying its digest.
 
     Args:
         path: The file.
         kind: What it must be, such as ``"mask"`` or ``"delta"``.
-        mapped: Whether the tensors may lie in the file itself, copied where they are written to: a base is as large
-            as its model, and is only read to be copied into it.
 
     Returns:
         Its content; the tensors are on the CPU.
@@ -140,7 +137,7 @@ def read(path: str | os.PathLike[str], kind: str, mapped: bool = False) -> Conte
         FishError: The file is damaged, of another kind or format, or from a newer fishmask.
         OSError: The file cannot be read.
     """
-    data = _mapping_of(path) if mapped else _bytes_of(path)
+    data = _bytes_of(path)
     if data[8:_DIGEST_AT] != _START or len(data) < _DIGEST_END:
         raise FishError(f"{path} is not a fishmask file, or its first bytes are damaged")
     sha = hashlib.sha256(data[:_DIGEST_AT])
@@ -153,20 +150,15 @@ def read(path: str | os.PathLike[str], kind: str, mapped: bool = False) -> Conte
 
 
 def _bytes_of(path: str | os.PathLike[str]) -> memoryview:
-    """Read a file into memory that tensors can share: a base is as large as its model."""
+    """Read a file into memory that tensors can share: a base is as large as its model.
+
+    It is not mapped: what is verified would not be what is used, should the file change in between.
+    """
     with Path(path).open("rb") as file:
         data, size = np.empty(os.fstat(file.fileno()).st_size, dtype=np.uint8).data, 0
         while read := file.readinto(data[size:]):
             size += read
     return data[:size]
-
-
-def _mapping_of(path: str | os.PathLike[str]) -> memoryview:
-    """Map a file into memory; where a mapped file could not be deleted (Windows), read it."""
-    with Path(path).open("rb") as file:
-        if os.name == "nt" or not os.fstat(file.fileno()).st_size:
-            return _bytes_of(path)
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 def _parse(path: str | os.PathLike[str], data: memoryview, kind: str) -> Content:

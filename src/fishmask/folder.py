@@ -51,10 +51,10 @@ class LogFolder:
         return list(history.numbered(self.path, "commit"))
 
     def commits(self) -> list[Commit]:
-        """Return all commits, oldest first, as their headers say."""
+        """Return all commits whose header can be read, oldest first."""
         found = []
         for path in history.numbered(self.path, "commit").values():
-            with contextlib.suppress(FileNotFoundError):  # whoever writes may delete it meanwhile
+            with contextlib.suppress(FishError, FileNotFoundError):  # whoever writes may delete it meanwhile
                 found.append(commit_of(path, container.peek(path, "commit"), path.stat().st_size))
         return found
 

@@ -11,7 +11,7 @@ from fishmask.errors import FishError
 from fishmask.fingerprint import raw_bits
 from fishmask.history import Entries, Reference, Segment
 from fishmask.mask import Mask
-from fishmask.params import canonical_parameters, take
+from fishmask.params import among, canonical_parameters, take
 
 Overlay = dict[str, tuple[Tensor, Tensor]]  # name -> sorted flat indices, bits as integers; on the CPU
 
@@ -46,7 +46,7 @@ def left_entries(tuning: Tuning, below: Overlay) -> Entries:
     left: Entries = {}
     for name, indices in tuning.originals.indices.items():
         masked = tuning.mask.indices.get(name, indices[:0])
-        indices = indices[~torch.isin(indices, masked)]
+        indices = indices[~among(indices, masked)]
         values = take(parameters[name], indices).cpu()
         bits = tuning.originals.bits(name, indices)
         if name in below:
@@ -65,7 +65,7 @@ def lay_over(below: Overlay, sealed: Entries) -> None:
         bits = raw_bits(values)
         if name in below:
             places, known = below[name]
-            kept = ~torch.isin(places, indices)
+            kept = ~among(places, indices)
             indices, order = torch.cat([places[kept], indices]).sort()
             bits = torch.cat([known[kept], bits])[order]
         below[name] = (indices, bits)

@@ -265,7 +265,7 @@ def commit_content(metadata: Mapping[str, str], snapshot: Snapshot) -> Content:
 def _read(folder: Path, kind: str, number: int, digest: str | None) -> tuple[Path, Content]:
     path = path_of(folder, kind, number)
     try:
-        content = container.read(path, kind, mapped=kind == "base")
+        content = container.read(path, kind)
     except FileNotFoundError:
         raise FishError(f"{path} is missing, and commits of this log need it") from None
     if content.metadata.get("number") != str(number):

@@ -99,11 +99,7 @@ class CheckpointLog:
 
     @property
     def commits(self) -> list[Commit]:
-        """All commits, oldest first, as their headers say; ``verify`` checks every byte.
-
-        Raises:
-            FishError: A header cannot be read.
-        """
+        """All commits whose header can be read, oldest first, as it says; ``verify`` names the others."""
         return self._folder.commits()
 
     @property

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fishmask.errors import FishError
 from fishmask.fingerprint import raw_bits
-from fishmask.params import canonical_parameters, put, take
+from fishmask.params import among, canonical_parameters, put, take
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Originals:
         known = self._entries[name]
         if torch.equal(known.indices, indices):
             return
-        new = indices[~torch.isin(indices, known.indices)]
+        new = indices[~among(indices, known.indices)]
         merged, order = torch.cat([known.indices, new]).sort()
         bits = torch.cat([known.bits, take(weight, new)])
         self._entries[name] = _Original(merged, bits[order.to(bits.device)])

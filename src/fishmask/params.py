@@ -36,6 +36,13 @@ def take(tensor: Tensor, indices: Tensor) -> Tensor:
     return tensor.detach().take(indices.to(tensor.device))
 
 
+def among(indices: Tensor, others: Tensor) -> Tensor:
+    """Tell for each index whether it is one of ``others``, which are sorted; quicker than ``torch.isin``."""
+    if not len(others):
+        return torch.zeros(len(indices), dtype=torch.bool)
+    return others[torch.searchsorted(others, indices).clamp_(max=len(others) - 1)] == indices
+
+
 def matching(names: Iterable[str], patterns: str | Sequence[str], role: str) -> list[str]:
     """Select the names that any pattern matches, on whole dot-separated parts.
 

@@ -101,8 +101,14 @@ def train_table(
     metrics = _metrics(outcome, file)
     write_json(folder / "metrics.json", metrics)
     if checkpoint_every:
-        shutil.rmtree(commits, ignore_errors=True)
+        _drop(commits)
     return metrics
+
+
+def _drop(commits: Path) -> None:
+    """Delete a log; half of one, left by a kill in between, would stand in the way of the next run."""
+    if commits.exists():
+        shutil.rmtree(commits.rename(commits.with_name(f".{commits.name}.done")), ignore_errors=True)
 
 
 def _checks(path: Path | None, columns: Mapping[str, Any], training: Examples) -> Examples | None:
