@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from experiments.cifar10 import table as cifar10_table
 from fishmask.demo import COLUMNS, RECIPES, TITLES, caption, row
 from fishmask.recipe import recipe_from
 from fishmask.tables import costs_table, differences_table, layers_table, methods_table, search_table
@@ -159,6 +160,30 @@ def checkpoints() -> str:
     return "\n\n".join([table(columns, rows), *notes])
 
 
+def commits() -> str:
+    """Return the checkpoint benchmark in short: the largest model, what saving costs."""
+    lines = latest(records("checkpoints"), lambda line: (line["model"], line["method"]))
+    n = max(line["n"] for line in lines)
+    lines = [line for line in lines if line["n"] == n and line["method"] != "training"]
+    ours = next(line for line in lines if line["method"] == _COMMIT)
+    rows = [
+        [
+            line["method"],
+            f"{line['bytes'] / 1e6:,.1f}",
+            f"{line['save_seconds']:.3f}",
+            f"{line['save_seconds'] / ours['save_seconds']:.1f}",
+        ]
+        for line in lines
+    ]
+    columns = [f"one checkpoint, {n / 1e6:.0f}M entries", "MB", "seconds, durable", "÷ commit"]
+    return f"{table(columns, rows)}\n\n{machine(lines[-1])}"
+
+
+def cifar10() -> str:
+    """Return the training from scratch in small: one row per setting."""
+    return f"{cifar10_table('reduced')}\n\n{machine(records('cifar10')[-1])}"
+
+
 def recipe() -> str:
     """Return the search for a recipe: one row per mask, the validation quality at its best rate."""
     lines = latest(
@@ -220,6 +245,8 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "scoring": ("scoring", scoring),
     "step": ("step", step),
     "checkpoints": ("checkpoints", checkpoints),
+    "commits": ("checkpoints", commits),
+    "cifar10": ("cifar10", cifar10),
     "recipe": ("recipe", recipe),
     "claims": ("glue_ablation", ablation),
     "glue": ("glue", glue(lambda lines: methods_table(lines, 0.005))),

@@ -141,6 +141,15 @@ def test_verify_names_the_damaged_file_and_exits_with_one(trained) -> None:
     assert facts["problems"][0].startswith(path.name)
 
 
+def test_list_goes_past_a_damaged_header(trained) -> None:
+    log, _ = trained
+    (log / "commit-00000002.safetensors").write_bytes(b"not a header")
+    result = CliRunner().invoke(app, ["checkpoints", "list", str(log), "--json"])
+    assert result.exit_code == 0
+    assert [row["number"] for row in json.loads(result.stdout)] == [1, 3, 4]
+    assert "damaged header: 2;" in result.stderr
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     for command in ("list", "show", "verify", "compact", "export"):
         code, output = call(command, tmp_path / "absent")
