@@ -690,6 +690,28 @@ def test_a_new_head_comes_back_where_the_base_is_not_stored(tmp_path: Path) -> N
     assert not differences(sorted_by_name(plain.state_dict()), through.state()["model"])
 
 
+class Refusing:
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": 3}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise RuntimeError(f"not {state['position']}")
+
+
+def test_an_object_that_refuses_its_state_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = nn.Linear(4, 2)
+    tuning = fishmask.attach(model, Mask.from_indices({"weight": [0, 5]}))
+    with CheckpointLog(tmp_path / "log") as log:
+        log.commit(tuning, state={"loader": Refusing()})
+    with torch.no_grad():
+        tuning.values.add_(1)
+    tuning.write_back()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="not 3"):
+        CheckpointLog(tmp_path / "log").restore(tuning, state={"loader": Refusing()})
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_another_base_is_refused_and_named(tmp_path: Path) -> None:
     with CheckpointLog(tmp_path, store_base=False) as log:
         Training(head_mask()).run(2).commit(log)

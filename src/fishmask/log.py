@@ -185,6 +185,8 @@ class CheckpointLog:
             check_base(base, plain, tuning)
         check_buffers(snapshot, plain, path)
         if tuning is not None:
+            for name, held in (state or {}).items():  # first: one that refuses its state leaves the model as it was
+                held.load_state_dict(snapshot.state[name])
             resume(tuning, optimizer, base, chain, snapshot)
             below: Overlay = {}
             for segment in chain:
@@ -192,8 +194,6 @@ class CheckpointLog:
             self._followed = Followed(
                 ref(tuning), tuning.mask, chain[-1].base, chain[-1], found.file, newest, below, tuning.loads
             )
-            for name, held in (state or {}).items():
-                held.load_state_dict(snapshot.state[name])
             if rng:
                 generators.reinstate({**chain[-1].rng, **snapshot.rng})
         elif base is not None:
