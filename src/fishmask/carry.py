@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fishmask.errors import FishError
+from fishmask.params import find
 from fishmask.sites import Entry
 
 _RETIRED = "_fishmask_retired"
@@ -24,8 +25,7 @@ def carried(old: Tensor, old_indices: Tensor, new_indices: Tensor) -> Tensor:
     Returns:
         Numbers [k_new] in the dtype of ``old``.
     """
-    place = torch.searchsorted(old_indices, new_indices).clamp_(max=len(old_indices) - 1)
-    survives = old_indices[place] == new_indices
+    place, survives = find(new_indices, old_indices)
     return torch.where(survives, old[place], torch.zeros((), dtype=old.dtype, device=old.device))
 
 

@@ -303,12 +303,15 @@ def unpack_mask(content: Content) -> tuple[dict[str, Tensor], dict[str, Sequence
     names = described["names"]
     shapes = dict(zip(names, described["shapes"], strict=True)) if "shapes" in described else None
     if "indices" not in tensors:
-        prefix = "indices/"
-        raw = {name.removeprefix(prefix): flat for name, flat in tensors.items() if name.startswith(prefix)}
-        return raw, shapes
+        return under(tensors, "indices/"), shapes
     extents = described["sizes"] if shapes is None else map(math.prod, shapes.values())
     sizes = dict(zip(names, extents, strict=True))
     return decode_indices(tensors["indices"], described["planes"], described["k"], sizes), shapes
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def pack_values(values: Mapping[str, Tensor], names: Iterable[str]) -> tuple[dict[str, Tensor], list[str]]:

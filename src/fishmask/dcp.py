@@ -37,6 +37,7 @@ from torch.futures import Future
 
 from fishmask.dcp_metadata import DTYPES, METADATA, RANK_FILE, Place, RankFile, by_file, decode, encode
 from fishmask.errors import FishError
+from fishmask.fingerprint import element_bytes
 from fishmask.publish import leftovers, make_folder, publish, remove
 
 
@@ -329,10 +330,7 @@ def _bytes_of(item: WriteItem, data: Tensor | io.BytesIO) -> memoryview:
         raise ValueError(
             f"the planner gave {data.dtype} {list(data.shape)} for {item.index}, but had planned {planned}"
         )
-    # Conjugation and negation may be pending on a view.
-    array = data.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    # A tensor of one element counts as contiguous whatever its stride, which the view does not take.
-    return array.as_strided((array.numel(),), (1,)).view(torch.uint8).numpy().data
+    return element_bytes(data)
 
 
 def _check_size(folder: Path, file: RankFile, advice: str) -> None:

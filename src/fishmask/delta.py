@@ -191,12 +191,11 @@ class Delta:
             if len(digits) != SHORT * len(names):
                 raise ValueError(f"{len(digits)} digits of fingerprints for {len(names)} parameters")
             short = {name: digits[i * SHORT : (i + 1) * SHORT] for i, name in enumerate(names)}
-            prefix = "buffers/"
             return cls(
                 mask,
                 _unpack_values(content, mask),
                 base=Base({n: text for n, text in short.items() if "-" not in text}, content.metadata["base"]),
-                buffers={n.removeprefix(prefix): t for n, t in content.tensors.items() if n.startswith(prefix)},
+                buffers=container.under(content.tensors, "buffers/"),
                 base_name=content.metadata.get("base_name"),
                 base_revision=content.metadata.get("base_revision"),
             )

@@ -30,6 +30,14 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return array.astype(array.dtype.newbyteorder("<"), copy=False).view("u1").data
 
 
+def element_bytes(tensor: Tensor) -> memoryview:
+    """Return the elements of any dense tensor, complex ones too, in row-major order as they lie in memory."""
+    # Conjugation and negation may be pending on a view.
+    array = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    # A tensor of one element counts as contiguous whatever its stride, which the view does not take.
+    return array.as_strided((array.numel(),), (1,)).view(torch.uint8).numpy().data
+
+
 def fingerprint(named: Iterable[tuple[str, Tensor]], mask: "Mask") -> dict[str, str]:
     """Hash the base weights that a mask's training builds on.
 
@@ -53,7 +61,7 @@ def takes_whole(mask: "Mask", name: str, size: int) -> bool:
 
 def tensor_hash(tensor: Tensor) -> str:
     """Return SHA-256 (hex) over a line such as ``float32 [2, 3]`` (dtype, shape, newline) and the raw bytes."""
-    sha = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+    sha = hashlib.sha256(f"{describe(tensor)}\n".encode())
     sha.update(raw_bytes(tensor))
     return sha.hexdigest()
 
@@ -90,9 +98,9 @@ def common_tensors(state_a: State, state_b: State) -> dict[str, tuple[Tensor, Te
     problems = [f"{name} is only in the first" for name in a if name not in b]
     problems += [f"{name} is only in the second" for name in b if name not in a]
     problems += [
-        f"{name} is {_kind(a[name])} in the first, {_kind(b[name])} in the second"
+        f"{name} is {describe(a[name])} in the first, {describe(b[name])} in the second"
         for name in a
-        if name in b and _kind(a[name]) != _kind(b[name])
+        if name in b and describe(a[name]) != describe(b[name])
     ]
     if problems:
         raise ValueError("the two states are not of one model: " + "; ".join(problems))
@@ -108,7 +116,8 @@ def floating_tensors(state: State) -> dict[str, Tensor]:
     return {name: t for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()}
 
 
-def _kind(tensor: Tensor) -> str:
+def describe(tensor: Tensor) -> str:
+    """Return dtype and shape, as in ``float32 [2, 3]``."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 

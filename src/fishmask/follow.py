@@ -11,7 +11,7 @@ from fishmask.errors import FishError
 from fishmask.fingerprint import raw_bits
 from fishmask.history import Entries, Reference, Segment
 from fishmask.mask import Mask
-from fishmask.params import among, canonical_parameters, take
+from fishmask.params import among, canonical_parameters, find, take
 
 Overlay = dict[str, tuple[Tensor, Tensor]]  # name -> sorted flat indices, bits as integers; on the CPU
 
@@ -51,8 +51,8 @@ def left_entries(tuning: Tuning, below: Overlay) -> Entries:
         bits = tuning.originals.bits(name, indices)
         if name in below:
             places, known = below[name]
-            found = torch.searchsorted(places, indices).clamp_(max=len(places) - 1)
-            bits = torch.where(places[found] == indices, known[found], bits)
+            found, there = find(indices, places)
+            bits = torch.where(there, known[found], bits)
         changed = raw_bits(values) != bits
         if changed.any():
             left[name] = (indices[changed], values[changed])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fishmask import container, tree
 from fishmask.container import Content
 from fishmask.errors import FishError
-from fishmask.fingerprint import SHORT, raw_bits, takes_whole, tensor_hash
+from fishmask.fingerprint import SHORT, describe, raw_bits, takes_whole, tensor_hash
 from fishmask.fingerprint import Base as Fingerprint
 from fishmask.mask import Mask
 from fishmask.moments import Moments
@@ -154,11 +154,6 @@ class CommitFile(NamedTuple):
     size: int  # in bytes
 
 
-def describe(tensor: Tensor) -> str:
-    """Return dtype and shape, as in ``float32 [2, 3]``."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
 def structure(model: nn.Module) -> dict[str, str]:
     """Return dtype and shape of every parameter of a model by canonical name."""
     return {name: describe(p) for name, p in model.named_parameters()}
@@ -286,7 +281,7 @@ def read_base(folder: Path, number: int, digest: str | None = None) -> Base:
     with container.refusing(path):
         about = content.description
         kinds = dict(zip(about["names"], about["kinds"], strict=True))
-        weights, buffers = _below(content.tensors, "weights/"), _below(content.tensors, "buffers/")
+        weights, buffers = container.under(content.tensors, "weights/"), container.under(content.tensors, "buffers/")
         if wrong := [name for name, weight in weights.items() if kinds[name] != describe(weight)]:
             raise ValueError(f"weights of another kind than described: {', '.join(wrong)}")
         elsewhere = [name for name in kinds if name not in weights]
@@ -344,7 +339,7 @@ def read_commit(folder: Path, number: int) -> "CommitFile":
         held = tree.unpack(content.description["state"], _state_of(content))
         moments = None
         if "optimizer" in held:
-            moments = Moments(_below(content.tensors, "optimizer/"), held["optimizer"])
+            moments = Moments(container.under(content.tensors, "optimizer/"), held["optimizer"])
         values = content.tensors["values"]
         vectors = moments.vectors.values() if moments else ()
         if values.dtype != torch.float32 or any(vector.shape != values.shape for vector in (values.view(-1), *vectors)):
@@ -372,10 +367,6 @@ def read_all(folder: Path, number: int) -> "tuple[CommitFile, list[Segment]]":
 def _state_of(content: Content) -> bytes:
     data = content.tensors["state"].numpy().tobytes()
     return container.decompress(data, int(content.description["state_bytes"]))
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 # --- the state of a moment --------------------------------------------------------------------------------------------

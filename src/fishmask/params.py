@@ -36,11 +36,21 @@ def take(tensor: Tensor, indices: Tensor) -> Tensor:
     return tensor.detach().take(indices.to(tensor.device))
 
 
-def among(indices: Tensor, others: Tensor) -> Tensor:
-    """Tell for each index whether it is one of ``others``, which are sorted; quicker than ``torch.isin``."""
+def find(indices: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Look indices up among sorted others; quicker than ``torch.isin``.
+
+    Returns:
+        The place of each index in ``others``, and whether it is there; where it is not, the place means nothing.
+    """
     if not len(others):
-        return torch.zeros(len(indices), dtype=torch.bool)
-    return others[torch.searchsorted(others, indices).clamp_(max=len(others) - 1)] == indices
+        return torch.zeros_like(indices), torch.zeros_like(indices, dtype=torch.bool)
+    places = torch.searchsorted(others, indices).clamp_(max=len(others) - 1)
+    return places, others[places] == indices
+
+
+def among(indices: Tensor, others: Tensor) -> Tensor:
+    """Tell for each index whether it is one of the sorted others."""
+    return find(indices, others)[1]
 
 
 def matching(names: Iterable[str], patterns: str | Sequence[str], role: str) -> list[str]:

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from fishmask.attach import Tuning
 from fishmask.errors import FishError
+from fishmask.fingerprint import describe
 from fishmask.folder import Commit
-from fishmask.history import Base, Entries, Problem, Segment, Snapshot, by_name, changes, describe, write_entries
+from fishmask.history import Base, Entries, Problem, Segment, Snapshot, by_name, changes, write_entries
 from fishmask.moments import check_groups, give_back
 from fishmask.originals import Originals, persistent_buffers
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fishmask.fingerprint import element_bytes
+
 _PLAIN = (type(None), bool, int, str)
 _LONG = 10_000  # bits; Python refuses to write or read decimal numbers of more than 4,300 digits
 
@@ -80,7 +82,7 @@ def _packed(value: Any, where: str, parts: list[bytes]) -> Any:
         parts.append(value)
         return {"!bytes": len(value)}
     if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
-        parts.append(_bytes_of(value))
+        parts.append(bytes(element_bytes(value)))
         return {"!tensor": [str(value.dtype).removeprefix("torch."), list(value.shape)]}
     numbers = isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc"
     if numbers and not isinstance(value, np.ma.MaskedArray):
@@ -98,12 +100,6 @@ def _pairs(value: dict[Any, Any], where: str, parts: list[bytes]) -> list[list[A
         [_packed(key, f"a key of {where}", parts), _packed(item, f"{where}[{key!r}]", parts)]
         for key, item in value.items()
     ]
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    # A copy, because one element of a strided tensor passes for contiguous, but not for bytes.
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def _unpacked(packed: Any, take: Callable[[int], bytearray]) -> Any:
