@@ -66,6 +66,7 @@ class Base:
         fingerprint: Of the parameters that are not stored; None when all are.
         aliases: Other names of tied parameters, and their canonical ones.
         config: The configuration of a transformers model, as JSON text.
+        name: Where the weights come from, for people; None where that is not known.
     """
 
     file: Reference
@@ -75,6 +76,7 @@ class Base:
     fingerprint: Fingerprint | None
     aliases: dict[str, str]
     config: str | None
+    name: str | None
 
     def misfits(self, model: nn.Module) -> list[str]:
         """List how a model differs in names, shapes and dtypes."""
@@ -177,11 +179,10 @@ def numbered(folder: Path, kind: str) -> dict[int, Path]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def base_content(number: int, model: nn.Module, mask: Mask, store: bool) -> Content:
-    """Describe the base that ``model`` holds; without ``store`` mostly by its fingerprint.
+def base_of(model: nn.Module, mask: Mask, store: bool) -> Base:
+    """Return the base that ``model`` holds, for a new file; without ``store`` mostly by its fingerprint.
 
     Args:
-        number: Of the file.
         model: The model, with its base in place.
         mask: The first mask: what it takes whole need not be part of a base that is found elsewhere.
         store: Whether to hold all the weights.
@@ -193,34 +194,27 @@ def base_content(number: int, model: nn.Module, mask: Mask, store: bool) -> Cont
     text = None
     if config is not None and hasattr(config, "to_json_string"):
         text = json.dumps({**json.loads(config.to_json_string()), "architectures": [type(model).__name__]}, indent=2)
-    description = {
-        "names": list(parameters),
-        "kinds": [describe(p) for p in parameters.values()],
-        "aliases": {name: canonical for name, canonical in aliases(model).items() if name != canonical},
-        "fingerprints": "".join(known.short.values()),
-        "config": text,
-    }
-    metadata = {"number": str(number), "fingerprint": known.digest if known.short else ""}
-    if name := getattr(config, "_name_or_path", None):
-        metadata["base_name"] = name
-    return Content(metadata, description, _stored(held, persistent_buffers(model)))
+    buffers = {name: buffer.detach() for name, buffer in persistent_buffers(model).items()}
+    others = {name: canonical for name, canonical in aliases(model).items() if name != canonical}
+    name = getattr(config, "_name_or_path", None) or None
+    return Base(Reference(0, ""), structure(model), held, buffers, known if known.short else None, others, text, name)
 
 
-def folded_content(number: int, base: Base) -> Content:
-    """Describe a base, all of whose weights are at hand, as a file of its own."""
+def base_content(number: int, base: Base) -> Content:
+    """Describe a base as the file of a number; the reference to its own file does not matter."""
+    known = base.fingerprint
     description = {
         "names": list(base.structure),
         "kinds": list(base.structure.values()),
         "aliases": base.aliases,
-        "fingerprints": "",
+        "fingerprints": "".join(known.short.values()) if known else "",
         "config": base.config,
     }
-    return Content({"number": str(number), "fingerprint": ""}, description, _stored(base.weights, base.buffers))
-
-
-def _stored(weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tensors = {f"weights/{name}": weight for name, weight in weights.items()}
-    return tensors | {f"buffers/{name}": buffer.detach() for name, buffer in buffers.items()}
+    metadata = {"number": str(number), "fingerprint": known.digest if known else ""}
+    metadata |= {"base_name": base.name} if base.name is not None else {}
+    tensors = {f"weights/{name}": weight for name, weight in base.weights.items()}
+    tensors |= {f"buffers/{name}": buffer for name, buffer in base.buffers.items()}
+    return Content(metadata, description, tensors)
 
 
 def segment_content(segment: Segment) -> Content:
@@ -290,9 +284,8 @@ def read_base(folder: Path, number: int, digest: str | None = None) -> Base:
             raise ValueError(f"{len(digits)} digits of fingerprints for {len(elsewhere)} parameters")
         short = {name: digits[i * SHORT : (i + 1) * SHORT] for i, name in enumerate(elsewhere)}
         known = Fingerprint(short, content.metadata["fingerprint"]) if short else None
-        return Base(
-            Reference(number, content.digest), kinds, weights, buffers, known, about["aliases"], about["config"]
-        )
+        file, name = Reference(number, content.digest), content.metadata.get("base_name")
+        return Base(file, kinds, weights, buffers, known, about["aliases"], about["config"], name)
 
 
 def read_segment(folder: Path, number: int, digest: str | None = None) -> Segment:

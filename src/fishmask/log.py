@@ -366,7 +366,7 @@ class CheckpointLog:
         try:
             # Buffers stay the old base's: commits hold those that differ from it.
             number = self._folder.free("base")
-            base = self._folder.add("base", number, history.folded_content(number, old))
+            base = self._folder.add("base", number, history.base_content(number, replace(old, name=None)))
             new = history.read_base(self.path, base.number, base.digest)
             segment = self._folder.add_segment(replace(chain[-1], base=base, parent=None, sealed={}))
             commit = self._folder.copy_commit(found, segment.file)
@@ -474,8 +474,8 @@ class CheckpointLog:
         else:
             number = self._folder.free("base")
             with tuning.originals.put_back(tuning.model):
-                content = history.base_content(number, tuning.model, tuning.mask, self._store_base)
-                base, parent, last = self._folder.add("base", number, content), None, None
+                present = history.base_of(tuning.model, tuning.mask, self._store_base)
+                base, parent, last = self._folder.add("base", number, history.base_content(number, present)), None, None
         try:
             segment = self._folder.add_segment(Segment(Reference(0, ""), base, parent, tuning.mask, sealed, now))
         except BaseException:
