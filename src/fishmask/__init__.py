@@ -6,6 +6,18 @@ from fishmask.errors import FishError
 from fishmask.fisher import fisher, scores
 from fishmask.log import CheckpointLog
 from fishmask.mask import Mask
+from fishmask.rounds import LocalRounds
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointLog", "Delta", "FishError", "Mask", "Tuning", "attach", "fisher", "load", "scores"]
+__all__ = [
+    "CheckpointLog",
+    "Delta",
+    "FishError",
+    "LocalRounds",
+    "Mask",
+    "Tuning",
+    "attach",
+    "fisher",
+    "load",
+    "scores",
+]

@@ -6,7 +6,8 @@ are written back into the weights, so that the model always is the trained model
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,7 @@ class Tuning:
         self.loads = 0
         self._attached = True
         self._entries: dict[str, Entry] = {}
+        self._adopted: dict[str, Tensor] = {}
         self._required_grad = {name: p.requires_grad for name, p in parameters.items()}
         with torch.inference_mode(False):
             self.originals = Originals(model)
@@ -113,6 +115,7 @@ class Tuning:
         self._site_handles: list[RemovableHandle] = []
         self._watch = Watch(self._found_elsewhere)
         self._paused = self._stepping = False
+        self._step_hooks: OrderedDict[int, Callable[[Optimizer], None]] = OrderedDict()
         self._forwards = 0  # those with gradients since the mask was set
         self._handles = [
             self.model.register_forward_pre_hook(Hook(self._before_forward), prepend=True),
@@ -166,7 +169,53 @@ class Tuning:
             entry.values.copy_(take(entry.weight, entry.indices))
         self._written = self._version()
 
+    def on_step(self, hook: Callable[[Optimizer], None]) -> RemovableHandle:
+        """Have ``hook(optimizer)`` called after each step of an optimizer of these values, once they are written back.
+
+        Returns:
+            A handle whose ``remove()`` ends it; so does ``detach``.
+        """
+        handle = RemovableHandle(self._step_hooks)
+        self._step_hooks[handle.id] = hook
+        return handle
+
+    def adopt(self, mask: Mask) -> None:
+        """Count entries outside the mask as trained, because others train them; ``write_adopted`` writes them.
+
+        They belong to ``delta()`` and are restored by ``revert()``. A change of mask ends it; what was written stays.
+
+        Args:
+            mask: The entries, none of which is in the mask.
+
+        Raises:
+            ValueError: Some are, or the mask does not fit the model.
+        """
+        self._check_attached()
+        parameters = canonical_parameters(self.model)
+        mask = mask if mask.k == 0 else _fitting(mask, self.model, parameters)
+        if both := (mask & self.mask).k:
+            raise ValueError(f"{both} of these {mask.k} entries are in the mask, so they are trained here")
+        for name, indices in mask.indices.items():
+            self.originals.remember(name, parameters[name], indices)
+        self._adopted = {name: indices.to(self._flat.device) for name, indices in mask.indices.items()}
+
+    @torch.no_grad()
+    def write_adopted(self, values: Tensor) -> None:
+        """Write the values of all adopted entries into the weights: a vector in the order of their mask."""
+        parameters = canonical_parameters(self.model)
+        parts = values.split([len(indices) for indices in self._adopted.values()])
+        for (name, indices), part in zip(self._adopted.items(), parts, strict=True):
+            put(parameters[name], indices, part.to(parameters[name].dtype))
+
     # --- its life -----------------------------------------------------------------------------------------------------
+
+    def check_mask(self, mask: Mask, optimizer: Optimizer | None = None) -> Mask:
+        """Return a mask under canonical names and with the model's shapes, or raise what ``set_mask`` would."""
+        self._check_attached()
+        fitting = _fitting(mask, self.model, canonical_parameters(self.model))
+        if optimizer is not None:
+            check_carriable(optimizer, self.parameters())
+        return fitting
 
     def set_mask(self, mask: Mask, optimizer: Optimizer | None = None) -> None:
         """Train another set of entries from now on.
@@ -185,16 +234,13 @@ class Tuning:
                 per value (L-BFGS). Nothing has changed then.
             FishError: Called after ``detach`` or ``revert``.
         """
-        self._check_attached()
-        mask = _fitting(mask, self.model, canonical_parameters(self.model))
+        mask = self.check_mask(mask, optimizer)
         before = self._entries
-        if optimizer is not None:
-            check_carriable(optimizer, self.parameters())
         self.write_back()
         self._unhook()
         with torch.inference_mode(False):
             self._lay_out(mask)
-        self.mask = mask
+        self.mask, self._adopted = mask, {}
         for name in before.keys() & self._entries.keys():
             old, new = before[name], self._entries[name]
             if old.values.grad is not None:
@@ -253,7 +299,7 @@ class Tuning:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out hooks and the flat vector; ``__setstate__`` makes them again."""
-        kept = ("model", "mask", "loads", "_attached", "_required_grad", "originals", "_entries")
+        kept = ("model", "mask", "loads", "_attached", "_adopted", "_required_grad", "originals", "_entries")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -344,6 +390,7 @@ class Tuning:
         for name, p in canonical_parameters(self.model).items():
             p.requires_grad_(self._required_grad.get(name, p.requires_grad))
         self._attached = False
+        self._step_hooks.clear()
         _LIVE.discard(self)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
@@ -443,6 +490,8 @@ def _hook_optimizers() -> None:
         for tuning in _trained_by(optimizer):
             tuning._stepping = False
             tuning.write_back()
+            for hook in list(tuning._step_hooks.values()):
+                hook(optimizer)
 
     register_optimizer_step_pre_hook(before_step)
     register_optimizer_step_post_hook(after_step)

@@ -6,7 +6,7 @@ over float32 (four over float64), chunk by chunk, so the scores are never concat
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -98,21 +98,22 @@ def top_k(scores: Mapping[str, Tensor], k: int, *, magnitude: bool = False) -> d
     if k == 0:
         return {}
     double = any(score.dtype == torch.float64 for score in scores.values())
-    source = _Keys(scores, torch.float64 if double else torch.float32, magnitude)
-    threshold, ties = _threshold(source, k)
-    if threshold <= 0:
+    source = Keys(scores, torch.float64 if double else torch.float32, magnitude)
+    limit, ties = threshold(source, k)
+    if limit <= 0:
         _warn_of_zeros(scores, k)
-    return _collect(source, threshold, ties)
+    return collect(source, limit, ties)
 
 
-class _Keys:
+class Keys:
     """Scores as signed integers of the same order, chunk by chunk."""
 
-    def __init__(self, scores: Mapping[str, Tensor], dtype: torch.dtype, magnitude: bool) -> None:
+    def __init__(self, scores: Mapping[str, Tensor], dtype: torch.dtype, magnitude: bool = False) -> None:
         self.scores, self.dtype, self.magnitude = scores, dtype, magnitude
         self.width = dtype.itemsize * 8
 
     def chunks(self, name: str) -> Iterator[Tensor]:
+        """Yield the keys of one tensor."""
         integer = torch.int64 if self.width == 64 else torch.int32
         for part in _parts(self.scores[name]):
             values = part.to(self.dtype)
@@ -122,7 +123,7 @@ class _Keys:
             yield bits ^ ((bits >> (self.width - 1)) & torch.iinfo(integer).max)
 
 
-def histogram(source: _Keys, prefix: int, shift: int) -> Tensor:
+def histogram(source: Keys, prefix: int, shift: int) -> Tensor:
     """Count the digit at ``shift`` among the keys whose higher digits equal ``prefix``.
 
     Counts over parts of the scores add up to the counts over all of them, so workers that each hold a part can
@@ -143,11 +144,17 @@ def histogram(source: _Keys, prefix: int, shift: int) -> Tensor:
     return counts
 
 
-def _threshold(source: _Keys, k: int) -> tuple[int, int]:
-    """Return the key of the k-th largest score and how many entries with this very key belong to the top k."""
+def threshold(source: Keys, k: int, add: Callable[[Tensor], Tensor] = lambda counts: counts) -> tuple[int, int]:
+    """Return the key of the k-th largest score and how many entries with this very key belong to the top k.
+
+    Args:
+        source: The scores, or one worker's part of them.
+        k: At least 1.
+        add: Adds counts up over all workers.
+    """
     prefix, wanted = 0, k
     for shift in range(source.width - _DIGIT, -1, -_DIGIT):
-        counts = histogram(source, prefix, shift)
+        counts = add(histogram(source, prefix, shift))
         at_least = counts.flip(0).cumsum(0).flip(0)  # entries with this digit or a higher one
         digit = int((at_least >= wanted).sum()) - 1
         wanted -= int(at_least[digit] - counts[digit])
@@ -156,14 +163,15 @@ def _threshold(source: _Keys, k: int) -> tuple[int, int]:
     return prefix, wanted
 
 
-def _collect(source: _Keys, threshold: int, ties: int) -> dict[str, Tensor]:
+def collect(source: Keys, limit: int, ties: int) -> dict[str, Tensor]:
+    """Return the sorted flat indices (CPU) by name of all keys above a limit, and of the first ``ties`` equal to it."""
     chosen: dict[str, Tensor] = {}
     for name in source.scores:
         parts: list[Tensor] = []
         for number, keys in enumerate(source.chunks(name)):
-            hit = keys > threshold
+            hit = keys > limit
             if ties:
-                equal = (keys == threshold).nonzero().view(-1)[:ties]
+                equal = (keys == limit).nonzero().view(-1)[:ties]
                 hit[equal] = True
                 ties -= len(equal)
             parts.append(hit.nonzero().view(-1).cpu() + number * CHUNK)
