@@ -1,6 +1,7 @@
 """Local rounds on real processes, against a reference in one process."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 import fishmask
 from fishmask import LocalRounds, Mask
+from fishmask.errors import HandshakeError, RoundError
 from tests.team import Team
 
 SIZES = (1, 2, 3, 4)
@@ -130,3 +132,195 @@ def test_workers_equal_the_reference_bit_for_bit(teams: dict[int, Team], size: i
         assert result["delta"] == result["union"]
         for name, weight in wanted.items():
             np.testing.assert_array_equal(result["weights"][name].view("i4"), weight.view("i4"))
+
+
+# --- agreement --------------------------------------------------------------------------------------------------------
+
+
+def start(rank: int, size: int, change: str) -> str:
+    """Begin with one worker that differs; return the error."""
+    torch.manual_seed(0)
+    model = network().to(torch.bfloat16 if change == "dtype" and rank == 1 else torch.float32)
+    mask = Mask.random(model, 0.3, seed=5 if change == "mask" and rank == 1 else 1)
+    if change == "base" and rank == 1:
+        mine = mask.indices["0.weight"]
+        free = next(i for i in range(96) if i not in mine)
+        model[0].weight.data.view(-1)[free] += 1e-7
+    if change == "sizes" and rank == 1:
+        mask = Mask.random(model, 0.2, seed=1)
+    tuning = fishmask.attach(model, mask)
+    if change == "values" and rank == 1:
+        with torch.no_grad():
+            next(tuning.parameters()).add_(1)
+    every = 5 if change == "every" and rank == 1 else 4
+    outer = partial(torch.optim.SGD, lr=0.7 if change == "outer" and rank == 1 else 0.5)
+    before = tuning.values.clone()
+    try:
+        LocalRounds(tuning, every=every, outer=outer)
+    except HandshakeError as error:
+        assert torch.equal(tuning.values, before)
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("mask", "mask: "),
+        ("sizes", "mask: "),
+        ("base", "weights: 0.weight (digest"),
+        ("dtype", "parameters: 0.bias, 0.weight"),
+        ("values", "values: "),
+        ("every", "every: 4 on ranks 0, 2; 5 on rank 1"),
+        ("outer", "outer optimizer: "),
+    ],
+)
+def test_a_worker_that_differs_is_told_on_all(teams: dict[int, Team], change: str, told: str) -> None:
+    errors = teams[3].run(start, change)
+    assert told in errors[0]
+    assert len(set(errors)) == 1
+
+
+def test_workers_that_agree_are_not_refused(teams: dict[int, Team]) -> None:
+    assert teams[3].run(start, "nothing") == ["", "", ""]
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def one_has_a_nan(rank: int, size: int, discards: bool) -> Any:
+    model = network()
+    tuning = fishmask.attach(model, Mask.random(model, 0.3, seed=1))
+    optimizer = torch.optim.SGD(tuning.parameters(), lr=0.1)
+    rounds = LocalRounds(tuning, every=2)
+    descend(model, optimizer, rank, 0)
+    descend(model, optimizer, rank, 1)
+    merged = tuning.values.clone()
+    descend(model, optimizer, rank, 2)
+    kept = tuning.values.clone()
+    if rank == 1:
+        with torch.no_grad():
+            next(tuning.parameters())[0] = torch.nan
+            kept = tuning.values.clone()
+    with pytest.raises(RoundError) as caught:
+        rounds.round()
+    assert torch.equal(tuning.values.view(torch.int32), kept.view(torch.int32))
+    assert (rounds.number, rounds.pending) == (1, 1)
+    if discards:
+        rounds.discard()
+        assert torch.equal(tuning.values, merged)
+        assert torch.equal(model[0].weight.view(-1)[tuning.mask.indices["0.weight"]], next(tuning.parameters()))
+        descend(model, optimizer, rank, 3)
+        assert rounds.round().steps == 1
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("discards", [False, True])
+def test_a_nan_fails_the_round_on_all_and_changes_nothing(teams: dict[int, Team], discards: bool) -> None:
+    errors = teams[2].run(one_has_a_nan, discards)
+    assert errors[0] == errors[1]
+    assert "rank 1: 1 of" in errors[0]
+    assert "The steps since round 1 are still in the values" in errors[0]
+
+
+def one_raises(rank: int, size: int) -> str:
+    model = network()
+    tuning = fishmask.attach(model, Mask.random(model, 0.3, seed=1))
+    optimizer = torch.optim.SGD(tuning.parameters(), lr=0.1)
+    try:
+        with LocalRounds(tuning, every=2):
+            descend(model, optimizer, rank, 0)
+            if rank == 1:
+                raise OSError("no more data")
+            descend(model, optimizer, rank, 1)
+    except (RoundError, OSError) as error:
+        return f"{type(error).__name__} {error}"
+    return ""
+
+
+def test_the_error_of_one_worker_is_told_to_all(teams: dict[int, Team]) -> None:
+    errors = teams[3].run(one_raises)
+    assert errors[1] == "OSError no more data"
+    assert errors[0] == errors[2]
+    assert "rank 1: OSError: no more data" in errors[0]
+
+
+# --- what else rounds do ----------------------------------------------------------------------------------------------
+
+
+def uneven(rank: int, size: int) -> Any:
+    model = network()
+    tuning = fishmask.attach(model, Mask.random(model, 0.3, seed=1))
+    optimizer = torch.optim.SGD(tuning.parameters(), lr=0.1)
+    with LocalRounds(tuning, every=2) as rounds:
+        for step in range(3 + 2 * rank):
+            descend(model, optimizer, rank, step)
+    return rounds.number, tuning.values.numpy().copy()
+
+
+def test_workers_may_have_different_numbers_of_steps(teams: dict[int, Team]) -> None:
+    (first, one), (second, two) = teams[2].run(uneven)
+    assert first == second == 3
+    np.testing.assert_array_equal(one, two)
+
+
+def close_to(rank: int, size: int, settings: dict[str, Any]) -> Any:
+    """Train towards the same end by another way of sending."""
+    result = train(rank, size, 40, {"every": 4, **settings})
+    return result["weights"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"mode": "fast"}, {"payload": "bfloat16"}, {"payload": "int8"}, {"overlap": 2}], ids=str
+)
+@pytest.mark.parametrize("masks", ["shared", "own"])
+def test_other_ways_to_send_come_near(teams: dict[int, Team], settings: dict[str, Any], masks: str) -> None:
+    rules = {} if masks == "shared" else {"masks": "own", "denominator": "holders", "head": "mean"}
+    results = teams[3].run(close_to, {**settings, **rules})
+    wanted = reference(3, 40, 4, **rules)
+    for result in results[1:]:
+        for name, weight in results[0].items():
+            np.testing.assert_array_equal(result[name], weight)
+    for name, weight in wanted.items():
+        assert np.abs(results[0][name] - weight).max() < (0.5 if "overlap" in settings else 0.05)
+
+
+def refreshed(rank: int, size: int, masks: str) -> Any:
+    model = network()
+    generator = torch.Generator().manual_seed(rank)
+    scores = {name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()}
+    rules = {} if masks == "shared" else {"masks": "own", "reduction": "sum", "head": "sum"}
+    first = Mask.random(model, 0.3, seed=1) if masks == "shared" else own_mask(model, rank, size)
+    tuning = fishmask.attach(model, first)
+    optimizer = torch.optim.AdamW(tuning.parameters(), lr=0.05)
+    outer = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
+    with LocalRounds(tuning, every=3, outer=outer, **rules) as rounds:
+        for step in range(9):
+            descend(model, optimizer, rank, step)
+            if rounds.number == 2 and rounds.pending == 0:
+                mask = rounds.refresh(scores, optimizer, density=0.3, keep="4.*")
+    return (
+        {name: s.numpy() for name, s in scores.items()},
+        mask,
+        {n: p.detach().numpy() for n, p in model.named_parameters()},
+    )
+
+
+@pytest.mark.parametrize("masks", ["shared", "own"])
+def test_a_refresh_chooses_from_the_sum_of_all_scores(teams: dict[int, Team], masks: str) -> None:
+    results = teams[3].run(refreshed, masks)
+    total = {name: torch.from_numpy(sum(r[0][name].astype("f8") for r in results)).float() for name in results[0][0]}
+    keep = "4.*"
+    if masks == "shared":
+        assert {r[1].digest for r in results} == {Mask.from_scores(total, 0.3, keep=keep).digest}
+    else:
+        k = sum(t.numel() for name, t in total.items() if not name.startswith("4."))
+        each = int(0.3 * sum(t.numel() for t in total.values()) + 1e-6) - 51
+        best = Mask.from_scores({n: t for n, t in total.items() if not n.startswith("4.")}, 3 * each / k)
+        whole = {n: torch.full(t.shape, n.startswith("4.")) for n, t in total.items()}
+        union = results[0][1] | results[1][1] | results[2][1]
+        assert union == best | Mask.from_dense(whole)
+        assert [r[1].k for r in results] == [each + 51] * 3
+    for result in results[1:]:
+        for name, weight in results[0][2].items():
+            np.testing.assert_array_equal(result[2][name], weight)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fishmask import __version__, cli_checkpoints, cli_delta, cli_glue, cli_mask, cli_train
+from fishmask import __version__, cli_checkpoints, cli_delta, cli_glue, cli_mask, cli_rounds, cli_train
 from fishmask.console import Group, bars, print_json, report
 
 EPILOG = "Exit codes: 0 done, 1 cannot be done (one line on stderr says why), 2 not understood."
@@ -25,6 +25,7 @@ app.command("train", no_args_is_help=True)(cli_train.train)
 app.command("predict", no_args_is_help=True)(cli_train.predict)
 app.add_typer(cli_delta.app, name="delta")
 app.add_typer(cli_checkpoints.app, name="checkpoints")
+app.command("rounds", no_args_is_help=True)(cli_rounds.rounds)
 app.add_typer(cli_glue.app, name="glue")
 app.command("report", no_args_is_help=True)(cli_glue.report_runs)
 

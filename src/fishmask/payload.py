@@ -13,7 +13,7 @@ BLOCK = 256  # values that share a scale: 1.6 % more bytes, and a block is seldo
 def encode(values: Tensor, payload: Payload) -> Tensor:
     """Code float32 values [..., count] as bytes (uint8 [..., coded]), rows apart; their number depends on count alone.
 
-    int8 codes a block of 256 values v as round(v / s) with s = max |v| / 127, followed by all s as float32.
+    int8 codes a block of 256 values v as round(v / s) with s = max |v| / 127, preceded by all s as float32.
     """
     if payload == "float32":
         return values.contiguous().view(torch.uint8)
@@ -24,7 +24,7 @@ def encode(values: Tensor, payload: Payload) -> Tensor:
     scales = blocks.abs().amax(-1) / 127
     digits = (blocks / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).round_().clamp_(-127, 127)
     coded = digits.to(torch.int8).flatten(-2)[..., :count].contiguous().view(torch.uint8)
-    return torch.cat([coded, scales.contiguous().view(torch.uint8)], dim=-1)
+    return torch.cat([scales.contiguous().view(torch.uint8), coded], dim=-1)
 
 
 def decode(coded: Tensor, payload: Payload, count: int) -> Tensor:
@@ -33,8 +33,9 @@ def decode(coded: Tensor, payload: Payload, count: int) -> Tensor:
         return coded.contiguous().view(torch.float32)
     if payload == "bfloat16":
         return coded.contiguous().view(torch.bfloat16).float()
-    digits = coded[..., :count].contiguous().view(torch.int8).float()
-    scales = coded[..., count:].contiguous().view(torch.float32)
+    start = 4 * -(-count // BLOCK)
+    scales = coded[..., :start].contiguous().view(torch.float32)
+    digits = coded[..., start:].contiguous().view(torch.int8).float()
     blocks = torch.nn.functional.pad(digits, (0, -count % BLOCK)).unflatten(-1, (-1, BLOCK))
     values: Tensor = (blocks * scales.unsqueeze(-1)).flatten(-2)[..., :count].contiguous()
     return values
