@@ -91,7 +91,7 @@ def test_top_k_takes_non_contiguous_scores_in_row_major_order() -> None:
 
 def test_histograms_of_parts_add_up() -> None:
     scores = {"a": torch.randn(100), "b": torch.randn(50)}
-    keys = [select._Keys(part, torch.float32, False) for part in (scores, {"a": scores["a"]}, {"b": scores["b"]})]
+    keys = [select.Keys(part, torch.float32, False) for part in (scores, {"a": scores["a"]}, {"b": scores["b"]})]
     whole, first, second = (histogram(k, 0, 16) for k in keys)
     assert whole.sum() == 150
     assert torch.equal(whole, first + second)

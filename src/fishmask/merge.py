@@ -9,7 +9,6 @@ Source: section 3 of the paper: local steps, then a sum of the workers' updates,
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,12 +16,8 @@ from torch.nn.functional import pad
 
 from fishmask.mask import Mask
 from fishmask.payload import Payload, decode, encode
+from fishmask.protocol import Denominator, Mode, Reduction
 from fishmask.wire import Wire
-
-Masks = Literal["shared", "own"]
-Mode = Literal["exact", "fast"]
-Reduction = Literal["mean", "sum"]
-Denominator = Literal["participants", "holders"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +31,6 @@ class Residual:
 
     own: Tensor
     merged: Tensor
-
-    @classmethod
-    def zero(cls, own: int, union: int, device: torch.device) -> "Residual":
-        """Nothing is left over."""
-        return cls(torch.zeros(own, device=device), torch.zeros(union, device=device))
 
 
 @dataclass(frozen=True)

@@ -13,91 +13,71 @@ Whatever fails before the commit fails on all workers, and leaves all their valu
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from copy import deepcopy
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fishmask import exchange
 from fishmask.attach import Tuning
 from fishmask.buffers import read_buffers, write_buffers
-from fishmask.carry import carry_optimizer
 from fishmask.errors import FishError, RoundError
 from fishmask.fingerprint import raw_bytes
 from fishmask.handshake import Facts, agree, checksums
 from fishmask.mask import Mask, Patterns
-from fishmask.merge import Denominator, Masks, Mode, Own, Proposal, Reduction, Residual, Shared, places_in, union_of
+from fishmask.merge import Proposal, Residual, Shared
 from fishmask.originals import persistent_buffers
+from fishmask.outer import MakeOuter, Outer
 from fishmask.params import canonical_parameters
 from fishmask.payload import Payload
-from fishmask.presets import PRESETS, Preset
-from fishmask.sites import Entry
+from fishmask.protocol import Denominator, Masks, Mode, Protocol, Reduction, preset_of
+from fishmask.round_log import Round, write_round, write_start
+from fishmask.union import Union
 from fishmask.wire import Wire
 
-Outer = Callable[[list[nn.Parameter]], Optimizer]
-
-_VERSION = "1"
+_VERSION = 1  # of the records that workers exchange, and of the state that a commit keeps
 _FAILED, _NOT_FINITE = 1, 2  # what may be wrong with a proposal
 
 
 @dataclass(frozen=True)
-class Round:
-    """What one round did, as seen by one worker.
+class _Launched:
+    """What a worker takes into a round.
 
-    Attributes:
-        number: Of the round; the first is 1.
-        step: Steps of this worker since training began.
-        steps: Steps of this worker in this round.
-        participants: How many workers have trained in it.
-        payload_bytes: Bytes of values (and buffers) that this worker sent.
-        other_bytes: Bytes of everything else that it sent: proposals and votes.
-        wait_seconds: Time until all workers had come to the round.
-        wire_seconds: Time in the exchange after that.
-        digest: SHA-256 (hex) over the merged values as little-endian float32; equal on all workers.
+    Its record is int64 [8]: number of the last round, steps since then, whether the worker is finished, what is wrong,
+    whether buffers have changed, the first bits of the last round's digest, and two zeros.
     """
 
-    number: int
+    record: Tensor
+    message: str
+    values: Tensor
+    buffers: tuple[Tensor, Tensor]
     step: int
     steps: int
-    participants: int
-    payload_bytes: int
-    other_bytes: int
-    wait_seconds: float
-    wire_seconds: float
-    digest: str
 
 
 @dataclass(frozen=True)
-class _Launched:
-    """What a worker takes into a round."""
+class _Merged:
+    """What a round came to."""
 
-    record: Tensor  # int64 [8], see _exchange
-    message: str
     values: Tensor
-    floats: Tensor
-    wholes: Tensor
-    step: int
-    steps: int
+    residual: Residual
+    buffers: tuple[Tensor, Tensor] | None
+    round: Round
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a round comes to; without ``merged`` no worker had trained."""
+    """What the workers did together: nothing when none had trained."""
 
     finished: bool  # all workers are
-    merged: Tensor | None = None
-    residual: Residual | None = None
-    buffers: tuple[Tensor, Tensor] | None = None
-    round: Round | None = None
+    merged: _Merged | None
 
 
 class LocalRounds:
@@ -124,17 +104,22 @@ class LocalRounds:
             merged values are taken as they are.
         overlap: Train on for so many steps while a round is under way. Its result is then that many steps old when it
             arrives, and is added to what was learnt meanwhile.
-        preset: A protocol of the paper by name (see ``fishmask.presets.PRESETS``); arguments that are left out are its.
+        preset: A protocol of the paper by name (see ``fishmask.protocol.PRESETS``); what is left out is its.
         log: A file to which rank 0 adds one JSON line for every round; ``fishmask rounds`` reads it.
         group: The process group; by default that of all workers.
 
     Attributes:
-        number: Of the last round that was committed.
-        pending: Steps since the last round.
+        tuning: The tuning.
+        protocol: The rules.
         refresh_every: Rounds from one mask to the next that the preset asks for, or None.
+        number: Of the last round that was committed.
+        step: Steps of this worker since training began.
+        pending: Steps of this worker since its last round.
+        last: What the last round did, or None.
 
     Raises:
         ValueError: An argument is out of range, or missing where masks differ.
+        TypeError: ``tuning`` is none.
         HandshakeError: The workers do not train the same thing.
         RoundError: The connection broke off.
 
@@ -163,41 +148,50 @@ class LocalRounds:
         head: Reduction | None = None,
         mode: Mode = "exact",
         payload: Payload = "float32",
-        outer: Outer | None = None,
+        outer: MakeOuter | None = None,
         overlap: int = 0,
         preset: str | None = None,
         log: str | Path | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        chosen = _preset(preset)
-        self.every, self.overlap = every, overlap
-        self.masks: Masks = masks or chosen.masks
-        self.reduction: Reduction = reduction or chosen.reduction
-        self.denominator, self.head = denominator, head or chosen.head
-        self.mode, self.payload = mode, payload
-        self.refresh_every = chosen.refresh_every
-        self._check_arguments()
         if not isinstance(tuning, Tuning):
             raise TypeError(f"LocalRounds takes the Tuning that fishmask.attach returned, got {type(tuning).__name__}")
-        self.tuning = tuning
-        self.number = self.pending = self._step = 0
+        wanted = preset_of(preset)
+        self.protocol = Protocol(
+            every=every,
+            masks=masks or wanted.masks,
+            reduction=reduction or wanted.reduction,
+            denominator=denominator,
+            head=head or wanted.head,
+            mode=mode,
+            payload=payload,
+            overlap=overlap,
+        )
+        self.tuning, self.refresh_every = tuning, wanted.refresh_every
+        self.number = self.step = self.pending = 0
+        self.last: Round | None = None
         self._wire, self._log, self._make_outer = Wire(group), None if log is None else Path(log), outer
         self._executor = ThreadPoolExecutor(1, "fishmask-round") if overlap and self._wire.size > 1 else None
         self._flying: tuple[_Launched, Future[_Outcome]] | None = None
         self._broken = False
-        self._anchor = torch.empty(0)  # the values of the union after the last round
         self._given: dict[str, Any] | None = None
-        self._outer: Optimizer | None = None
-        self._outer_entries: dict[str, Entry] = {}
+        # What all workers have had in common since the last round.
+        self._union: Union
+        self._anchor: Tensor
+        self._residual: Residual
+        self._buffers: tuple[Tensor, Tensor]
+        self._outer: Outer | None
+        self._digest: str
         self.handshake()
-        if chosen.workers not in (None, self._wire.size) and self._wire.size > 1:
+        if wanted.workers not in (None, self._wire.size) and self._wire.size > 1:
             warnings.warn(
-                f"preset {preset} is the paper's with {chosen.workers} workers; there are {self._wire.size}",
+                f"preset {preset} is the paper's with {wanted.workers} workers; there are {self._wire.size}",
                 UserWarning,
                 stacklevel=2,
             )
         self._handle = tuning.on_step(self._stepped)
-        self._write({"rounds": self._settings() | {"workers": self._wire.size, **self._sizes()}})
+        if self._log is not None and self._wire.rank == 0:
+            write_start(self._log, self._facts_for_log())
 
     # --- its life -----------------------------------------------------------------------------------------------------
 
@@ -205,11 +199,13 @@ class LocalRounds:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            self.finish()
-        elif isinstance(error, Exception) and not self._broken and not isinstance(error, RoundError):
-            self._tell_failure(error)
-        self.close()
+        try:
+            if error is None:
+                self.finish()
+            elif isinstance(error, Exception) and not isinstance(error, RoundError) and not self._broken:
+                self._tell_failure(error)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Stop counting steps; the values stay as they are."""
@@ -226,9 +222,8 @@ class LocalRounds:
         Raises:
             RoundError: As for ``round``.
         """
-        if self._flying:
-            self._land()
-        while not self._now(finished=True).finished:
+        self._land()
+        while not self._exchange_now(finished=True).finished:
             pass
 
     def round(self) -> Round | None:
@@ -240,17 +235,16 @@ class LocalRounds:
         Raises:
             RoundError: It failed; on all workers that are alive, with values and local steps as they were.
         """
-        if self._flying:
-            self._land()
-        return self._now().round
+        self._land()
+        merged = self._exchange_now().merged
+        return None if merged is None else merged.round
 
     def discard(self) -> None:
         """Go back to the values and buffers of the last round, after one that failed; call it on all workers."""
         self._check()
-        if self._flying:
-            self._land()
-        self._give(self._anchor)
-        write_buffers(self.tuning.model, *self._agreed)
+        self._land()
+        self._union.give(self._anchor)
+        write_buffers(self.tuning.model, *self._buffers)
         self.pending = 0
 
     # --- the mask -----------------------------------------------------------------------------------------------------
@@ -275,7 +269,7 @@ class LocalRounds:
             exclude: Parameters never chosen from.
 
         Returns:
-            The new mask of this worker. With own masks it is dealt from the best entries of all (see
+            The new mask of this worker. With masks of their own it is dealt from the best entries of all (see
             ``fishmask.exchange.deal``).
 
         Raises:
@@ -284,10 +278,8 @@ class LocalRounds:
             FishError: There are steps that have not been exchanged.
         """
         self._check_exchanged("choose a new mask")
-        if self.masks == "shared":
-            mask = exchange.choose(scores, density, keep, exclude, group=self._wire.group)
-        else:
-            mask = exchange.deal(scores, density, keep, exclude, group=self._wire.group)
+        choose = exchange.choose if self.protocol.masks == "shared" else exchange.deal
+        mask = choose(scores, density, keep, exclude, group=self._wire.group)
         self.set_mask(mask, optimizer)
         return mask
 
@@ -304,26 +296,22 @@ class LocalRounds:
             FishError: There are steps that have not been exchanged.
         """
         self._check_exchanged("set another mask")
+        facts: Facts = {"mask": "its own" if self.protocol.masks == "own" else mask.digest}
         try:
             self.tuning.check_mask(mask, optimizer)
-            ready = "yes"
         except (ValueError, FishError) as error:
-            ready = f"{type(error).__name__}: {error}"
-        agree(self._wire, {"able to take the mask": ready})
-        if ready != "yes":
-            raise ValueError(ready)
-        if self.masks == "shared":
-            agree(self._wire, {"mask": mask.digest})
-        before, anchor, owed, outer = self._union, self._anchor, self._owed(), self._outer_entries
+            facts["able to take its mask"] = f"no: {error}"
+        agree(self._wire, facts)
+        before, owed = self._union.mask, self._union.owed(self._residual)
         self.tuning.set_mask(mask, optimizer)
-        self._lay_out()
-        self._anchor = _carried(anchor, before, self._union, self._present())
-        self._give(self._anchor)
-        nothing = torch.zeros_like(self._anchor)
-        self._residual = Residual(self._own_part(_carried(owed, before, self._union, nothing)), nothing)
+        self._union = Union(self.tuning, self._wire, self.protocol)
+        self._anchor = self._union.moved(self._anchor, before, self._union.present())
+        self._union.give(self._anchor)
+        self._residual = self._union.nothing()
+        own = self._union.own(self._union.moved(owed, before, self._residual.merged))
+        self._residual = Residual(own, self._residual.merged)
         if self._outer is not None:
-            self._outer_entries = self._entries_of_union()
-            carry_optimizer(self._outer, outer, self._outer_entries)
+            self._outer.carry(self._union.mask, self._anchor)
         self._digest = _digest(self._anchor)
 
     # --- state --------------------------------------------------------------------------------------------------------
@@ -335,21 +323,25 @@ class LocalRounds:
             FishError: There are steps that have not been exchanged, so the workers' values differ.
         """
         self._check_exchanged("be kept")
-        low = self.payload != "float32"
+        low, own = self.protocol.payload != "float32", self.protocol.masks == "own"
         return {
-            "version": 1,
+            "version": _VERSION,
             "number": self.number,
-            "step": self._step,
+            "step": self.step,
             "workers": self._wire.size,
-            "anchor": self._anchor.cpu().clone() if self.masks == "own" else None,
-            "outer": deepcopy(self._outer.state_dict()) if self._outer else None,
+            "anchor": self._anchor.cpu().clone() if own else None,
+            "outer": self._outer.state_dict() if self._outer else None,
             "residual": {"own": self._residual.own.cpu(), "merged": self._residual.merged.cpu()} if low else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what ``state_dict`` returned; call ``handshake`` on all workers once the tuning is restored too."""
-        if state.get("version") != 1:
-            raise ValueError("this is not the state of LocalRounds that this version of fishmask knows")
+        """Take what ``state_dict`` returned; call ``handshake`` on all workers once the tuning is restored too.
+
+        Raises:
+            ValueError: It is of another version.
+        """
+        if state.get("version") != _VERSION:
+            raise ValueError(f"state of LocalRounds has version {_VERSION}, this has {state.get('version')}")
         self._given = dict(state)
 
     def handshake(self) -> None:
@@ -359,43 +351,49 @@ class LocalRounds:
 
         Raises:
             HandshakeError: The workers do not train the same thing.
+            FishError: The state that was loaded is of another number of workers.
         """
         self.tuning._check_attached()
-        given, self._given = self._given, None
-        if given is not None:
-            self.number, self._step = given["number"], given["step"]
-        self._flying, self.pending = None, 0
-        parameters = canonical_parameters(self.tuning.model)
-        shapes = {name: f"{p.dtype} {tuple(p.shape)}" for name, p in parameters.items()}
-        settings = {name: str(value) for name, value in self._settings().items()}
-        facts: Facts = {"format": _VERSION, "parameters": shapes, **settings, "round": str(self.number)}
-        if self.masks == "shared":
-            facts["mask"] = self.tuning.mask.digest
+        given, self._given = self._given or {}, None
+        self.number, self.step = given.get("number", self.number), given.get("step", self.step)
+        self.pending, self._flying = 0, None
+        model = self.tuning.model
+        parameters = canonical_parameters(model)
+        facts: Facts = {
+            "format": str(_VERSION),
+            "parameters": {name: f"{p.dtype} {tuple(p.shape)}" for name, p in parameters.items()},
+            **self.protocol.facts(),
+            "mask": "its own" if self.protocol.masks == "own" else self.tuning.mask.digest,
+            "round": str(self.number),
+        }
         agree(self._wire, facts)
-        self._lay_out()
-        if given is not None and given["anchor"] is not None:
-            if len(given["anchor"]) != self._union.k:
+        self._union = Union(self.tuning, self._wire, self.protocol)
+        self._anchor = self._union.present()
+        if (anchor := given.get("anchor")) is not None:
+            if len(anchor) != self._union.mask.k:
                 raise FishError(
-                    f"the state is of a union of {len(given['anchor'])} entries, the workers' masks have "
-                    f"{self._union.k} together: restore as many workers as there were, each from its own commit"
+                    f"the state is of a union of {len(anchor)} entries, but the workers' masks have "
+                    f"{self._union.mask.k} together: restore as many workers as there were, each from its own commit"
                 )
-            self._anchor = given["anchor"].to(self._device)
-            self._give(self._anchor)
-        else:
-            self._anchor = self._present()
-        self._agreed = read_buffers(self.tuning.model, self._device)
-        self._residual = Residual.zero(self.tuning.mask.k, self._union.k, self._device)
-        if given is not None and given["residual"] is not None:
-            self._residual = Residual(*(given["residual"][key].to(self._device) for key in ("own", "merged")))
+            self._anchor = anchor.to(self._union.device)
+            self._union.give(self._anchor)
+        self._buffers = read_buffers(model, self._union.device)
+        self._residual = self._union.nothing()
+        if left := given.get("residual"):
+            self._residual = Residual(left["own"].to(self._union.device), left["merged"].to(self._union.device))
+        self._outer = None
         if self._make_outer is not None:
-            self._outer_entries = self._entries_of_union()
-            self._outer = self._make_outer([entry.values for entry in self._outer_entries.values()])
-            if given is not None and given["outer"] is not None:
+            self._outer = Outer(self._make_outer, self._union.mask, self._anchor)
+            if given.get("outer") is not None:
                 self._outer.load_state_dict(given["outer"])
-            agree(self._wire, {"outer optimizer": repr(self._outer)})
         self._digest = _digest(self._anchor)
-        buffers = checksums(persistent_buffers(self.tuning.model))
-        agree(self._wire, {"weights": checksums(parameters), "values": self._digest, "buffers": buffers})
+        found: Facts = {
+            "weights": checksums(parameters),
+            "values": self._digest,
+            "buffers": checksums(persistent_buffers(model)),
+            "outer optimizer": repr(self._outer.optimizer) if self._outer else "none",
+        }
+        agree(self._wire, found)
         self._wire.read_counters()
 
     # --- a round ------------------------------------------------------------------------------------------------------
@@ -407,25 +405,27 @@ class LocalRounds:
             return
         self._check()
         self.pending += 1
-        self._step += 1
-        if self._flying and self.pending >= self.overlap:
+        self.step += 1
+        if self.pending >= self.protocol.overlap:
             self._land()
-        if self.pending >= self.every:
-            if self._executor is None:
-                self._now()
-            else:
-                launched = self._launch()
-                self._flying = launched, self._executor.submit(self._exchange, launched)
+        if self.pending < self.protocol.every:
+            return
+        if self._executor is None:
+            self._exchange_now()
+        else:
+            launched = self._launch()
+            self._flying = launched, self._executor.submit(self._exchange, launched)
 
-    def _now(self, finished: bool = False) -> _Outcome:
+    def _exchange_now(self, finished: bool = False) -> _Outcome:
         self._check()
         launched = self._launch(finished)
         return self._settle(launched, lambda: self._exchange(launched))
 
     def _land(self) -> None:
-        assert self._flying is not None
-        (launched, future), self._flying = self._flying, None
-        self._settle(launched, future.result)
+        """Wait for the round that is under way, if any, and commit it."""
+        if self._flying is not None:
+            (launched, future), self._flying = self._flying, None
+            self._settle(launched, future.result)
 
     def _settle(self, launched: _Launched, result: Callable[[], _Outcome]) -> _Outcome:
         """Commit the outcome of a round, or count its steps as pending again."""
@@ -433,134 +433,135 @@ class LocalRounds:
             outcome = result()
         except BaseException as error:
             self.pending += launched.steps
+            # Without reasons that all workers know, some may be in the middle of a collective.
             self._broken |= not (isinstance(error, RoundError) and error.reasons)
             raise
-        self._commit(launched, outcome)
+        if outcome.merged is not None:
+            self._phase("commit")
+            self._commit(launched, outcome.merged)
         return outcome
 
     def _launch(self, finished: bool = False, error: BaseException | None = None) -> _Launched:
-        """Copy what a round works on."""
+        """Copy what a round works on, and see what is wrong with it."""
         values = self.tuning.values.detach().clone()
-        floats, wholes = read_buffers(self.tuning.model, self._device)
-        changed = not (torch.equal(floats, self._agreed[0]) and torch.equal(wholes, self._agreed[1]))
-        wrong = int((~values.isfinite()).sum()) + int((~floats.isfinite() & self._agreed[0].isfinite()).sum())
+        floats, wholes = read_buffers(self.tuning.model, self._union.device)
+        changed = not (torch.equal(floats, self._buffers[0]) and torch.equal(wholes, self._buffers[1]))
+        wrong = int((~values.isfinite()).sum()) + int((~floats.isfinite() & self._buffers[0].isfinite()).sum())
         problem, message = (_NOT_FINITE, f"{wrong} of {len(values)} values are not finite") if wrong else (0, "")
         if error is not None:
             problem, message = _FAILED, f"{type(error).__name__}: {error}"
         steps, self.pending = self.pending, 0
-        digest = int(self._digest[:15], 16)
-        record = torch.tensor([self.number, steps, finished, problem, changed, digest, 0, 0])
-        return _Launched(record, message, values, floats, wholes, self._step, steps)
+        record = torch.tensor([self.number, steps, finished, problem, changed, int(self._digest[:15], 16), 0, 0])
+        return _Launched(record, message, values, (floats, wholes), self.step, steps)
 
     def _exchange(self, mine: _Launched) -> _Outcome:
-        """Propose, reduce on scratch, vote; nothing of the worker changes here."""
+        """Propose, reduce and vote; nothing of the worker changes here, and what the outer optimizer did is undone."""
         self._phase("propose")
         wire, begin = self._wire, perf_counter()
         records = wire.gather(mine.record)
-        wait = perf_counter() - begin
-        self._check_proposals(records, mine)
+        waited = perf_counter() - begin
+        self._check_proposals(records, mine.message)
         finished, trained = bool(records[:, 2].all()), (records[:, 1] > 0).tolist()
-        overhead = wire.read_counters()[0]
+        proposing, _ = wire.read_counters()
         if not any(trained):
-            return _Outcome(finished)
+            return _Outcome(finished, None)
         self._phase("reduce")
-        proposal = Proposal(mine.values, self._anchor, trained, self._residual)
-        merged, residual = self._layout.merge(wire, proposal)
-        buffers = None
-        if bool(records[:, 4].any()):
-            layout = Shared(len(mine.floats), "mean", "exact", "float32")
-            none = Residual.zero(0, 0, mine.floats.device)
-            floats, _ = layout.merge(wire, Proposal(mine.floats, self._agreed[0], trained, none))
-            buffers = floats, wire.gather(mine.wholes).amax(0)
+        values, residual = self._union.merge(wire, Proposal(mine.values, self._anchor, trained, self._residual))
+        buffers = self._merge_buffers(mine.buffers, trained) if bool(records[:, 4].any()) else None
         sent, seconds = wire.read_counters()
         self._phase("vote")
-        state = deepcopy(self._outer.state_dict()) if self._outer is not None else None
+        before = self._outer.state_dict() if self._outer else {}
         try:
-            merged = self._apply_outer(merged)
-            wrong = "" if bool(merged.isfinite().all()) else "the merged values are not finite"
-        except Exception as error:
+            if self._outer:
+                values = self._outer.step(self._anchor, values)
+            wrong = "" if bool(values.isfinite().all()) else "the merged values are not finite"
+        except Exception as error:  # a user's optimizer may raise anything
             wrong = f"{type(error).__name__}: {error}"
-        digest = _digest(merged)
+        digest = _digest(values)
         try:
             self._vote(digest, wrong)
         except BaseException:
-            if self._outer is not None and state is not None:
-                self._outer.load_state_dict(state)
+            if self._outer:
+                self._outer.load_state_dict(before)
             raise
-        votes, later = wire.read_counters()
+        voting, later = wire.read_counters()
         done = Round(
-            self.number + 1, mine.step, mine.steps, sum(trained), sent, overhead + votes, wait, seconds + later, digest
+            number=self.number + 1,
+            step=mine.step,
+            steps=mine.steps,
+            participants=sum(trained),
+            payload_bytes=sent,
+            other_bytes=proposing + voting,
+            wait_seconds=waited,
+            wire_seconds=seconds + later,
+            digest=digest,
         )
-        return _Outcome(finished, merged, residual, buffers, done)
+        return _Outcome(finished, _Merged(values, residual, buffers, done))
 
-    def _check_proposals(self, records: Tensor, mine: _Launched) -> None:
+    def _merge_buffers(self, mine: tuple[Tensor, Tensor], trained: list[bool]) -> tuple[Tensor, Tensor]:
+        """Return the mean of the floating-point buffers, and the largest of whole numbers: the longest count."""
+        floats, wholes = mine
+        if len(floats):
+            layout, empty = Shared(len(floats), "mean", "exact", "float32"), floats.new_empty(0)
+            floats, _ = layout.merge(self._wire, Proposal(floats, self._buffers[0], trained, Residual(empty, empty)))
+        if len(wholes):
+            wholes = self._wire.gather(wholes).amax(0)
+        return floats, wholes
+
+    def _check_proposals(self, records: Tensor, message: str) -> None:
         """Raise RoundError on all workers if any proposal is not as it must be."""
         reasons: dict[int, str] = {}
         if bool(records[:, 3].any()):
-            messages = self._wire.gather_bytes(mine.message.encode())
+            messages = self._wire.gather_bytes(message.encode())
             reasons = {rank: text.decode() for rank, text in enumerate(messages) if text}
-        for column, what in ((0, "has come to round {}, rank 0 to {}"), (5, "has other values after the last round")):
-            for rank, value in enumerate(records[:, column].tolist()):
-                if value != int(records[0, column]):
-                    reasons.setdefault(rank, what.format(value + 1, int(records[0, column]) + 1))
+        first = records[0].tolist()
+        for rank, (number, _, _, _, _, digest, *_) in enumerate(records.tolist()):
+            if number != first[0]:
+                reasons.setdefault(rank, f"comes to round {number + 1}, rank 0 to round {first[0] + 1}")
+            elif digest != first[5]:
+                reasons.setdefault(rank, "had other values than rank 0 after the last round")
         if reasons:
-            raise RoundError(self._failure(reasons), reasons)
+            raise self._failure(reasons)
 
     def _vote(self, digest: str, wrong: str) -> None:
-        votes = [json.loads(vote) for vote in self._ballots({"digest": digest, "wrong": wrong})]
-        reasons = {rank: vote["wrong"] for rank, vote in enumerate(votes) if vote["wrong"]}
-        if not reasons and len({vote["digest"] for vote in votes}) > 1:
-            reasons = {rank: f"got {vote['digest'][:12]}" for rank, vote in enumerate(votes)}
+        """Raise RoundError on all workers unless all have come to the same."""
+        ballot = json.dumps([digest, wrong]).encode()
+        votes = [json.loads(vote) for vote in self._wire.gather_bytes(ballot)]
+        reasons = {rank: text for rank, (_, text) in enumerate(votes) if text}
+        if not reasons and len({result for result, _ in votes}) > 1:
+            reasons = {rank: f"came to {result[:12]}" for rank, (result, _) in enumerate(votes)}
         if reasons:
-            raise RoundError(self._failure(reasons), reasons)
+            raise self._failure(reasons)
 
-    def _ballots(self, vote: dict[str, str]) -> list[bytes]:
-        return self._wire.gather_bytes(json.dumps(vote).encode())
-
-    def _failure(self, reasons: Mapping[int, str]) -> str:
+    def _failure(self, reasons: dict[int, str]) -> RoundError:
         told = "; ".join(f"rank {rank}: {reason}" for rank, reason in reasons.items())
-        return (
+        text = (
             f"round {self.number + 1} failed, and nothing was changed: {told}. The steps since round {self.number} are "
             "still in the values: train on to have them in the next round, or call discard() on all workers to go back "
             f"to round {self.number}"
         )
+        return RoundError(text, reasons)
 
-    def _apply_outer(self, merged: Tensor) -> Tensor:
-        """Return the values after the outer optimizer's step; without one those that were merged."""
-        if self._outer is None:
-            return merged
-        entries = list(self._outer_entries.values())
-        sizes = [len(entry.indices) for entry in entries]
-        with torch.no_grad():
-            gradients = (self._anchor - merged).split(sizes)
-            for entry, start, gradient in zip(entries, self._anchor.split(sizes), gradients, strict=True):
-                entry.values.copy_(start)
-                entry.values.grad = gradient.clone()
-        self._outer.step()
-        return torch.cat([entry.values.detach() for entry in entries])
-
-    def _commit(self, launched: _Launched, outcome: _Outcome) -> None:
-        if outcome.merged is None or outcome.round is None or outcome.residual is None:
-            return
-        self._phase("commit")
+    def _commit(self, launched: _Launched, merged: _Merged) -> None:
         learnt = None
         if self.pending:  # while the round was under way
             learnt = self.tuning.values.detach().double() - launched.values.double()
-        self._anchor, self._residual = outcome.merged, outcome.residual
-        self._give(self._anchor, learnt)
-        if outcome.buffers is not None:
-            floats, wholes = outcome.buffers
-            now, counts = read_buffers(self.tuning.model, self._device)
-            self._agreed = outcome.buffers
-            write_buffers(self.tuning.model, floats + (now - launched.floats), wholes + (counts - launched.wholes))
-        self.number, self._digest = outcome.round.number, outcome.round.digest
-        self._write({**asdict(outcome.round), "time": datetime.now(UTC).isoformat(timespec="milliseconds")})
+        self._anchor, self._residual = merged.values, merged.residual
+        self._union.give(self._anchor, learnt)
+        if merged.buffers is not None:
+            now = read_buffers(self.tuning.model, self._union.device)
+            parts = zip(merged.buffers, now, launched.buffers, strict=True)
+            floats, wholes = (agreed + (present - then) for agreed, present, then in parts)
+            write_buffers(self.tuning.model, floats, wholes)
+            self._buffers = merged.buffers
+        self.number, self.last, self._digest = merged.round.number, merged.round, merged.round.digest
+        if self._log is not None and self._wire.rank == 0:
+            write_round(self._log, merged.round)
 
     def _tell_failure(self, error: Exception) -> None:
         """Have the other workers fail their next round rather than wait for this one."""
         try:
-            if self._flying:
-                self._land()
+            self._land()
             self._exchange(self._launch(error=error))
         except FishError:
             pass  # it fails here as well
@@ -570,164 +571,34 @@ class LocalRounds:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _check_arguments(self) -> None:
-        for name, value, known in (
-            ("masks", self.masks, get_args(Masks)),
-            ("reduction", self.reduction, get_args(Reduction)),
-            ("denominator", self.denominator, (None, *get_args(Denominator))),
-            ("head", self.head, (None, *get_args(Reduction))),
-            ("mode", self.mode, get_args(Mode)),
-            ("payload", self.payload, get_args(Payload)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"every is a number of steps of at least 1, got {self.every!r}")
-        if not 0 <= self.overlap < self.every:
-            raise ValueError(f"overlap must be from 0 to every - 1 = {self.every - 1} steps, got {self.overlap!r}")
-        if self.mode == "fast" and self.payload != "float32":
-            raise ValueError(f"mode='fast' sums float32 on the way; payload={self.payload!r} needs mode='exact'")
-        if self.masks == "shared" and (self.denominator, self.head) != (None, None):
-            raise ValueError(
-                "denominator and head are for masks='own'; with a shared mask all workers hold all entries"
-            )
-
-    def _settings(self) -> dict[str, Any]:
-        names = ("every", "masks", "reduction", "denominator", "head", "mode", "payload", "overlap")
-        return {name: getattr(self, name) for name in names} | {"outer": self._make_outer is not None}
-
-    def _sizes(self) -> dict[str, int]:
+    def _facts_for_log(self) -> dict[str, Any]:
         parameters = canonical_parameters(self.tuning.model).values()
         return {
-            "k": self.tuning.mask.k,
-            "union": self._union.k,
-            "n": sum(p.numel() for p in parameters),
+            "workers": self._wire.size,
+            "entries": self._union.own_mask.k,
+            "union": self._union.mask.k,
+            "of": sum(p.numel() for p in parameters),
             "dense_bytes": sum(p.nbytes for p in parameters),
+            **asdict(self.protocol),
         }
 
     def _check(self) -> None:
         self.tuning._check_attached()
         if self._broken:
-            raise FishError("an earlier round broke the process group: start the workers again")
+            raise FishError("an earlier round broke off, so the process group cannot be used: start the workers again")
         if self._given is not None:
             raise FishError("this state was restored: call handshake() on all workers before the next step")
-        if self.tuning.mask is not self._mask:
+        if self.tuning.mask is not self._union.own_mask:
             raise FishError("the mask was changed on the Tuning: call set_mask of LocalRounds instead, on all workers")
 
     def _check_exchanged(self, wish: str) -> None:
         self._check()
         if self.pending or self._flying:
             raise FishError(
-                f"{self.pending} steps have not been exchanged, so the workers differ and cannot {wish}: do it right "
-                "after a round (when pending is 0), or call round() first"
+                f"there are steps that have not been exchanged, so the workers differ and cannot {wish}: do it right "
+                "after a round (when pending is 0), or call round() on all workers first"
             )
-
-    def _lay_out(self) -> None:
-        """Know what the workers hold: which values are merged, and where this worker's are among them."""
-        self._mask, self._device = self.tuning.mask, self.tuning.values.device
-        if self.masks == "shared":
-            self._union = self._mask
-            self._layout: Shared | Own = Shared(self._mask.k, self.reduction, self.mode, self.payload)
-            self._place: Tensor | None = None
-            return
-        masks = exchange.gather_masks(self._wire, self._mask)
-        self._check_rules(masks)
-        self._layout = Own(
-            masks, self._wire.rank, self.reduction, self.denominator, self.head, self.payload, self._device
-        )
-        self._union, self._place = self._layout.mask, self._layout.places[self._wire.rank]
-        self._others = torch.ones(self._union.k, dtype=torch.bool, device=self._device)
-        self._others[self._place] = False
-        self.tuning.adopt(self._union - self._mask)
-
-    def _check_rules(self, masks: Sequence[Mask]) -> None:
-        """Raise ValueError where a rule is needed that nobody gave."""
-        common = masks[0]
-        for mask in masks[1:]:
-            common = common & mask
-        if len(masks) > 1 and common.k and self.head is None:
-            raise ValueError(
-                f"{common.k} entries are in the masks of all workers: say with head='mean' or head='sum' how they are "
-                "reduced"
-            )
-        if (
-            len(masks) > 1
-            and self.reduction == "mean"
-            and self.denominator is None
-            and common.k < union_of(list(masks)).k
-        ):
-            raise ValueError(
-                "the workers' masks differ: say with denominator='participants' or 'holders' what a mean divides by"
-            )
-
-    def _entries_of_union(self) -> dict[str, Entry]:
-        """Make the parameters of the outer optimizer."""
-        indices = {name: index.to(self._device) for name, index in self._union.indices.items()}
-        parts = self._anchor.split([len(index) for index in indices.values()])
-        return {
-            name: Entry(values := nn.Parameter(part.clone()), index, values)
-            for (name, index), part in zip(indices.items(), parts, strict=True)
-        }
-
-    def _present(self) -> Tensor:
-        """Return the values of the union as they are on this worker."""
-        if self._place is None:
-            return self.tuning.values.detach().clone()
-        parameters = canonical_parameters(self.tuning.model)
-        weights = [
-            parameters[name].detach().take(i.to(self._device)).float() for name, i in self._union.indices.items()
-        ]
-        present = torch.cat(weights)
-        present[self._place] = self.tuning.values.detach()
-        return present
-
-    def _own_part(self, union: Tensor) -> Tensor:
-        return union if self._place is None else union[self._place]
-
-    @torch.no_grad()
-    def _give(self, union: Tensor, learnt: Tensor | None = None) -> None:
-        """Write the values of the union into the model: this worker's, with what it has learnt since, and the rest."""
-        own = self._own_part(union)
-        self.tuning.values.copy_(own if learnt is None else (own.double() + learnt).float())
-        self.tuning.write_back()
-        if self._place is not None:
-            self.tuning.write_adopted(union[self._others])
-
-    def _owed(self) -> Tensor:
-        """Return what this worker has not sent yet, over the union.
-
-        With another mask other workers add up other values, so what is owed to all becomes part of what this one owes.
-        """
-        owed = self._residual.merged * (self._wire.size if self.reduction == "mean" else 1)
-        if self._place is None:
-            return owed + self._residual.own
-        owed[self._place] += self._residual.own
-        return owed
-
-    def _write(self, record: dict[str, Any]) -> None:
-        if self._log is not None and self._wire.rank == 0:
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-            with self._log.open("a", encoding="utf-8") as file:
-                print(json.dumps(record), file=file)
-
-
-def _carried(old: Tensor, before: Mask, after: Mask, fresh: Tensor) -> Tensor:
-    """Move numbers over one union to another; entries that are new take those of ``fresh``."""
-    place = places_in(before | after, before).to(old.device)
-    whole = torch.zeros((before | after).k, dtype=old.dtype, device=old.device)
-    known = torch.zeros_like(whole, dtype=torch.bool)
-    whole[place], known[place] = old, True
-    place = places_in(before | after, after).to(old.device)
-    return torch.where(known[place], whole[place], fresh)
 
 
 def _digest(values: Tensor) -> str:
     return hashlib.sha256(raw_bytes(values)).hexdigest()
-
-
-def _preset(name: str | None) -> Preset:
-    if name is None:
-        return Preset()
-    if name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    return PRESETS[name]
