@@ -14,10 +14,13 @@ def read_buffers(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def write_buffers(model: nn.Module, floats: Tensor, wholes: Tensor) -> None:
-    """Write back what ``read_buffers`` returned."""
+    """Write back what ``read_buffers`` returned, or what became of it; numbers that it has already keep their bits."""
     for buffers, vector in zip(_kinds(model), (floats, wholes), strict=True):
         for buffer, part in zip(buffers, vector.split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(part.view(buffer.shape))
+            new = part.view(buffer.shape).to(buffer.device)
+            if buffer.dtype == torch.float64:  # more digits than the vector has: rounded only where it changes
+                new = torch.where(new == buffer.float(), buffer, new.double())
+            buffer.copy_(new)
 
 
 def _kinds(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -11,7 +11,6 @@ Whatever fails before the commit fails on all workers, and leaves all their valu
 """
 
 import hashlib
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +26,7 @@ from torch.optim import Optimizer
 
 from fishmask import exchange
 from fishmask.attach import Tuning
+from fishmask.ballot import Standing, propose, vote
 from fishmask.buffers import read_buffers, write_buffers
 from fishmask.errors import FishError, RoundError
 from fishmask.fingerprint import raw_bytes
@@ -43,18 +43,13 @@ from fishmask.union import Union
 from fishmask.wire import Wire
 
 _VERSION = 1  # of the records that workers exchange, and of the state that a commit keeps
-_FAILED, _NOT_FINITE = 1, 2  # what may be wrong with a proposal
 
 
 @dataclass(frozen=True)
 class _Launched:
-    """What a worker takes into a round.
+    """What a worker takes into a round."""
 
-    Its record is int64 [8]: number of the last round, steps since then, whether the worker is finished, what is wrong,
-    whether buffers have changed, the first bits of the last round's digest, and two zeros.
-    """
-
-    record: Tensor
+    standing: Standing
     message: str
     values: Tensor
     buffers: tuple[Tensor, Tensor]
@@ -447,27 +442,26 @@ class LocalRounds:
         floats, wholes = read_buffers(self.tuning.model, self._union.device)
         changed = not (torch.equal(floats, self._buffers[0]) and torch.equal(wholes, self._buffers[1]))
         wrong = int((~values.isfinite()).sum()) + int((~floats.isfinite() & self._buffers[0].isfinite()).sum())
-        problem, message = (_NOT_FINITE, f"{wrong} of {len(values)} values are not finite") if wrong else (0, "")
+        message = f"{wrong} of {len(values)} values are not finite" if wrong else ""
         if error is not None:
-            problem, message = _FAILED, f"{type(error).__name__}: {error}"
+            message = f"{type(error).__name__}: {error}"
         steps, self.pending = self.pending, 0
-        record = torch.tensor([self.number, steps, finished, problem, changed, int(self._digest[:15], 16), 0, 0])
-        return _Launched(record, message, values, (floats, wholes), self.step, steps)
+        standing = Standing(self.number, steps, finished, changed, bool(message), int(self._digest[:15], 16))
+        return _Launched(standing, message, values, (floats, wholes), self.step, steps)
 
     def _exchange(self, mine: _Launched) -> _Outcome:
         """Propose, reduce and vote; nothing of the worker changes here, and what the outer optimizer did is undone."""
         self._phase("propose")
         wire, begin = self._wire, perf_counter()
-        records = wire.gather(mine.record)
+        everyone = propose(wire, mine.standing, mine.message)
         waited = perf_counter() - begin
-        self._check_proposals(records, mine.message)
-        finished, trained = bool(records[:, 2].all()), (records[:, 1] > 0).tolist()
+        finished, trained = all(one.finished for one in everyone), [one.steps > 0 for one in everyone]
         proposing, _ = wire.read_counters()
         if not any(trained):
             return _Outcome(finished, None)
         self._phase("reduce")
         values, residual = self._union.merge(wire, Proposal(mine.values, self._anchor, trained, self._residual))
-        buffers = self._merge_buffers(mine.buffers, trained) if bool(records[:, 4].any()) else None
+        buffers = self._merge_buffers(mine.buffers, trained) if any(one.changed for one in everyone) else None
         sent, seconds = wire.read_counters()
         self._phase("vote")
         before = self._outer.state_dict() if self._outer else {}
@@ -479,7 +473,7 @@ class LocalRounds:
             wrong = f"{type(error).__name__}: {error}"
         digest = _digest(values)
         try:
-            self._vote(digest, wrong)
+            vote(wire, self.number, digest, wrong)
         except BaseException:
             if self._outer:
                 self._outer.load_state_dict(before)
@@ -507,40 +501,6 @@ class LocalRounds:
         if len(wholes):
             wholes = self._wire.gather(wholes).amax(0)
         return floats, wholes
-
-    def _check_proposals(self, records: Tensor, message: str) -> None:
-        """Raise RoundError on all workers if any proposal is not as it must be."""
-        reasons: dict[int, str] = {}
-        if bool(records[:, 3].any()):
-            messages = self._wire.gather_bytes(message.encode())
-            reasons = {rank: text.decode() for rank, text in enumerate(messages) if text}
-        first = records[0].tolist()
-        for rank, (number, _, _, _, _, digest, *_) in enumerate(records.tolist()):
-            if number != first[0]:
-                reasons.setdefault(rank, f"comes to round {number + 1}, rank 0 to round {first[0] + 1}")
-            elif digest != first[5]:
-                reasons.setdefault(rank, "had other values than rank 0 after the last round")
-        if reasons:
-            raise self._failure(reasons)
-
-    def _vote(self, digest: str, wrong: str) -> None:
-        """Raise RoundError on all workers unless all have come to the same."""
-        ballot = json.dumps([digest, wrong]).encode()
-        votes = [json.loads(vote) for vote in self._wire.gather_bytes(ballot)]
-        reasons = {rank: text for rank, (_, text) in enumerate(votes) if text}
-        if not reasons and len({result for result, _ in votes}) > 1:
-            reasons = {rank: f"came to {result[:12]}" for rank, (result, _) in enumerate(votes)}
-        if reasons:
-            raise self._failure(reasons)
-
-    def _failure(self, reasons: dict[int, str]) -> RoundError:
-        told = "; ".join(f"rank {rank}: {reason}" for rank, reason in reasons.items())
-        text = (
-            f"round {self.number + 1} failed, and nothing was changed: {told}. The steps since round {self.number} are "
-            "still in the values: train on to have them in the next round, or call discard() on all workers to go back "
-            f"to round {self.number}"
-        )
-        return RoundError(text, reasons)
 
     def _commit(self, launched: _Launched, merged: _Merged) -> None:
         learnt = None

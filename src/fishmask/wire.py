@@ -54,7 +54,7 @@ class Wire:
         sent = tensor.to(self.device).contiguous()
         received = torch.empty(self.size * sent.numel(), dtype=sent.dtype, device=self.device)
         with self._counted((self.size - 1) * sent.nbytes):
-            dist.all_gather_into_tensor(received, sent.view(-1), group=self.group)
+            dist.all_gather_single(received, sent.view(-1), group=self.group)
         return received.view(self.size, *tensor.shape).to(tensor.device)
 
     def swap(self, tensor: Tensor) -> Tensor:
