@@ -11,7 +11,7 @@ from torch import Tensor
 from fishmask.container import bytes_tensor, decode_indices, encode_indices
 from fishmask.handshake import agree
 from fishmask.mask import Mask, Patterns
-from fishmask.select import Keys, budget, collect, divide, threshold
+from fishmask.select import Keys, budget, check_scores, collect, divide, threshold, warn_of_zeros
 from fishmask.wire import Wire
 
 _BLOCK = 1 << 20  # scores that each worker adds up at once
@@ -27,9 +27,9 @@ def choose(
 ) -> Mask:
     """Choose one mask for all workers from the sum of their scores; all must call it, and get the same.
 
-    Equal to ``Mask.from_scores`` on the sum, which is taken in float64 in the order of the ranks. No worker ever holds
-    more than its own scores and 1/W of the sum. A worker sends (W - 1)/W n numbers, half a megabyte twice, and the
-    chosen entries at about a byte each.
+    Equal to ``Mask.from_scores`` on the sum, which is taken in float64 in the order of the ranks and then rounded to
+    float32, unless there are float64 scores. No worker ever holds more than its own scores and 1/W of the sum. A worker
+    sends (W - 1)/W n numbers, half a megabyte twice, and the chosen entries at about a byte each.
 
     Args:
         scores: This worker's scores, such as of its share of the examples (``fishmask.fisher`` sums, so shares add up).
@@ -40,7 +40,7 @@ def choose(
 
     Raises:
         ValueError: As for ``Mask.from_scores``.
-        HandshakeError: The workers' scores are not of one model, are not finite, or their arguments differ.
+        HandshakeError: The workers' scores are not of one model, one worker's are not finite, or the arguments differ.
         RoundError: The connection broke off.
 
     Source:
@@ -82,8 +82,10 @@ def deal(
             f"{wire.size} workers with {k:,} entries each need {wire.size * k:,}, but only {room:,} are free to "
             "choose; lower the density"
         )
-    coordinates, best = _best(wire, {name: scores[name] for name in free}, wire.size * k)
-    order = np.argsort(-best.numpy(), kind="stable")
+    coordinates, mine = _best(wire, {name: scores[name] for name in free}, wire.size * k)
+    parts = wire.gather_bytes(mine.numpy().astype("<f8").tobytes())
+    best = np.concatenate([np.frombuffer(part, "<f8") for part in parts])
+    order = np.argsort(-best, kind="stable")
     dealt = torch.from_numpy(np.sort(coordinates.numpy()[order[wire.rank :: wire.size]]))
     return _mask(scores, kept, free, dealt)
 
@@ -101,8 +103,8 @@ def _agreed_budget(
     sizes = {name: score.numel() for name, score in scores.items()}
     try:
         parts = budget(sizes, density, keep, exclude)
-        bad = [name for name, score in scores.items() if not bool(score.isfinite().all())]
-        wrong = f"not finite: {', '.join(bad)}" if bad else ""
+        check_scores(scores)
+        wrong = ""
     except (TypeError, ValueError) as error:
         wrong = str(error)
     shapes = {name: f"{score.dtype} {tuple(score.shape)}" for name, score in scores.items()}
@@ -114,54 +116,59 @@ def _agreed_budget(
 
 
 def _best(wire: Wire, scores: Mapping[str, Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Return the sorted coordinates of the k largest sums over parameters laid end to end, and these sums."""
+    """Return the sorted coordinates of the k largest sums over parameters laid end to end, and those in this share."""
     first, sums = _shard(wire, scores)
-    source = Keys({"": sums}, torch.float32)
+    # Finite scores may add up to infinity.
+    finite = bool(wire.gather(sums.isfinite().all().view(1).to(torch.uint8)).all())
+    if not finite:
+        raise ValueError("the workers' scores add up to infinity: make them smaller, by the same factor everywhere")
+    source = Keys({"": sums}, sums.dtype)
     if k == 0:
-        return torch.empty(0, dtype=torch.int64), sums[:0].cpu()
+        return torch.empty(0, dtype=torch.int64), sums[:0].double().cpu()
     limit, ties = threshold(source, k, wire.add)
+    if limit <= 0:
+        warn_of_zeros(k, int(wire.add(sums.count_nonzero())))
     # Of those that tie with the last one, the lowest coordinates count: those of earlier ranks first.
     mine = sum(int((keys == limit).sum()) for keys in source.chunks(""))
     before = int(wire.gather(torch.tensor([mine]))[: wire.rank].sum())
     places = collect(source, limit, max(0, min(mine, ties - before))).get("", torch.empty(0, dtype=torch.int64))
     total = {"": sum(score.numel() for score in scores.values())}
     found = [_unpack(data, total) for data in wire.gather_bytes(_pack({"": places + first}, total))]
-    coordinates = torch.cat([item.get("", places[:0]) for item in found])
-    parts = wire.gather_bytes(sums.cpu()[places].numpy().astype("<f4").tobytes())
-    return coordinates, torch.from_numpy(np.concatenate([np.frombuffer(part, "<f4") for part in parts]).astype("f4"))
+    return torch.cat([item.get("", places[:0]) for item in found]), sums.cpu()[places].double()
 
 
 def _shard(wire: Wire, scores: Mapping[str, Tensor]) -> tuple[int, Tensor]:
     """Return the first coordinate of this worker's share of all scores, and the sum of that share over all workers."""
     total = sum(score.numel() for score in scores.values())
+    double = any(score.dtype == torch.float64 for score in scores.values())
+    dtype = torch.float64 if double else torch.float32
     share = -(-total // wire.size)
-    parts = []
+    parts = [torch.empty(0, dtype=dtype, device=wire.device)]
     for start in range(0, share, _BLOCK):
         width = min(_BLOCK, share - start)
-        rows = torch.stack([_cut(scores, w * share + start, width) for w in range(wire.size)])
+        rows = torch.zeros(wire.size, width, dtype=dtype, device=wire.device)
+        for worker, row in enumerate(rows):
+            _cut(scores, worker * share + start, row)
         parts.append(_ordered_sum(wire.swap(rows)))
     first = min(wire.rank * share, total)
-    sums = torch.cat(parts) if parts else torch.empty(0)
-    return first, sums[: max(0, min(share, total - first))]
+    return first, torch.cat(parts)[: max(0, min(share, total - first))]
 
 
 def _ordered_sum(rows: Tensor) -> Tensor:
     total = torch.zeros_like(rows[0], dtype=torch.float64)
     for row in rows:
         total += row.double()
-    return total.float()
+    return total.to(rows.dtype)
 
 
-def _cut(scores: Mapping[str, Tensor], start: int, width: int) -> Tensor:
-    """Return a run of the scores laid end to end, with zeros beyond their end."""
-    parts, begin = [], 0
+def _cut(scores: Mapping[str, Tensor], start: int, row: Tensor) -> None:
+    """Copy the scores from ``start`` on, all of them laid end to end, to a row as far as they go."""
+    begin = 0
     for score in scores.values():
-        end = begin + score.numel()
-        if begin < start + width and end > start:
-            parts.append(score.detach().reshape(-1)[max(0, start - begin) : start + width - begin].float())
-        begin = end
-    run = torch.cat(parts) if parts else torch.empty(0)
-    return torch.nn.functional.pad(run, (0, width - len(run)))
+        first, last = max(start, begin), min(start + len(row), begin + score.numel())
+        if first < last:
+            row[first - start : last - start] = score.detach().reshape(-1)[first - begin : last - begin]
+        begin += score.numel()
 
 
 def _mask(scores: Mapping[str, Tensor], kept: Sequence[str], free: Sequence[str], coordinates: Tensor) -> Mask:

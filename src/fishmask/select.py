@@ -94,14 +94,14 @@ def top_k(scores: Mapping[str, Tensor], k: int, *, magnitude: bool = False) -> d
     n = sum(score.numel() for score in scores.values())
     if not 0 <= k <= n:
         raise ValueError(f"k must be between 0 and the number of scores, {n:,}; got {k:,}")
-    _check(scores)
+    check_scores(scores)
     if k == 0:
         return {}
     double = any(score.dtype == torch.float64 for score in scores.values())
     source = Keys(scores, torch.float64 if double else torch.float32, magnitude)
     limit, ties = threshold(source, k)
     if limit <= 0:
-        _warn_of_zeros(scores, k)
+        warn_of_zeros(k, sum(int(score.count_nonzero()) for score in scores.values()))
     return collect(source, limit, ties)
 
 
@@ -180,7 +180,8 @@ def collect(source: Keys, limit: int, ties: int) -> dict[str, Tensor]:
     return chosen
 
 
-def _check(scores: Mapping[str, Tensor]) -> None:
+def check_scores(scores: Mapping[str, Tensor]) -> None:
+    """Raise TypeError for scores that are no floating-point tensors, ValueError for NaN or infinity among them."""
     if wrong := [f"{name} ({score.dtype})" for name, score in scores.items() if not score.is_floating_point()]:
         raise TypeError(f"scores must be floating-point tensors; these are not: {', '.join(wrong)}")
     bad = [name for name, score in scores.items() if not all(bool(part.isfinite().all()) for part in _parts(score))]
@@ -193,8 +194,8 @@ def _parts(score: Tensor) -> list[Tensor]:
     return [flat[start : start + CHUNK] for start in range(0, len(flat), CHUNK)]
 
 
-def _warn_of_zeros(scores: Mapping[str, Tensor], k: int) -> None:
-    nonzero = sum(int(score.count_nonzero()) for score in scores.values())
+def warn_of_zeros(k: int, nonzero: int) -> None:
+    """Warn if more entries are asked for than there are scores that are not zero."""
     if k > nonzero:
         warnings.warn(
             f"{k:,} entries are asked for, but only {nonzero:,} scores are not zero: the rest are ties at zero, "
