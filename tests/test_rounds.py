@@ -1,7 +1,10 @@
 """Local rounds on real processes, against a reference in one process."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from torch.nn import functional as F
 import fishmask
 from fishmask import LocalRounds, Mask
 from fishmask.errors import HandshakeError, RoundError
+from fishmask.round_log import read_log, summary
 from tests.team import Team
 
 SIZES = (1, 2, 3, 4)
@@ -324,3 +328,20 @@ def test_a_refresh_chooses_from_the_sum_of_all_scores(teams: dict[int, Team], ma
     for result in results[1:]:
         for name, weight in results[0][2].items():
             np.testing.assert_array_equal(result[2][name], weight)
+
+
+# --- the page that describes them -------------------------------------------------------------------------------------
+
+
+def test_the_script_of_the_page_runs_under_torchrun(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    (tmp_path / "train.py").write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "4 rounds, loss 0." in done.stdout
+    facts = summary(read_log(tmp_path / "rounds.jsonl"))
+    assert (facts["rounds"], facts["steps"], facts["workers"], facts["entries"]) == (4, 120, 2, 320)
+    assert facts["payload_bytes"] == 4 * 320 * 4
+    assert facts["ddp_bytes"] == 120 * 4 * (21 * 64 + 65 * 4)
+    assert (tmp_path / "task.safetensors").stat().st_size < 8192

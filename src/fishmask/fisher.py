@@ -60,7 +60,7 @@ def fisher(
 
     Raises:
         ValueError: An argument or a batch is not what is described here, or there is no example.
-        FishError: The model is attached; dropout is active or BatchNorm uses batch statistics in eval mode; the model
+        FishError: Dropout is active or BatchNorm uses batch statistics in eval mode; the model
             or the loss mixes examples; a score is not finite; or ``engine="batched"`` refuses.
 
     Example:

@@ -257,7 +257,7 @@ class LocalRounds:
 
         Args:
             scores: This worker's scores, summed over its own share of the examples on the merged model; those of a
-                worker are added to those of the others. ``fishmask.attach.paused`` lets an attached model be scored.
+                worker are added to those of the others.
             optimizer: As for ``set_mask``.
             density: Share of all entries that a worker trains, as for ``Mask.from_scores``.
             keep: Parameters that are trained whole, by all workers.
