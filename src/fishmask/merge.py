@@ -136,7 +136,7 @@ class Own:
         self.union, self.own, self._rank = self.mask.k, masks[rank].k, rank
         self.places = [places_in(self.mask, mask).to(device) for mask in masks]
         self._reduction, self._denominator, self._head, self._payload = reduction, denominator, head, payload
-        self._common = self._holders([True] * len(masks)) == len(masks)
+        self._common = self.holders([True] * len(masks)) == len(masks)
 
     def merge(self, wire: Wire, proposal: Proposal) -> tuple[Tensor, Residual]:
         """Return the merged values [union], equal on all workers, and what coding has left over."""
@@ -158,20 +158,22 @@ class Own:
         total = torch.zeros_like(anchor)
         for delta, place in zip(deltas, self.places, strict=True):
             total[place] += delta
-        return (anchor + total / self._divisor(proposal.trained)).float(), residual
+        return (anchor + total / self.divisor(proposal.trained)).float(), residual
 
-    def _divisor(self, trained: list[bool]) -> Tensor:
+    def divisor(self, trained: list[bool]) -> Tensor:
+        """Return what a sum is divided by for every entry, float64 [union], when these workers have trained."""
         count = sum(trained)
         if self._reduction == "sum":
             divisor = torch.ones(self.union, dtype=torch.float64, device=self.places[0].device)
         elif self._denominator == "participants":
             divisor = torch.full((self.union,), float(count), dtype=torch.float64, device=self.places[0].device)
         else:
-            divisor = self._holders(trained).clamp_min(1)
+            divisor = self.holders(trained).clamp_min(1)
         divisor[self._common] = 1.0 if self._head == "sum" else float(count)
         return divisor
 
-    def _holders(self, counted: list[bool]) -> Tensor:
+    def holders(self, counted: list[bool]) -> Tensor:
+        """Return how many of the workers that count have each entry in their mask, float64 [union]."""
         holders = torch.zeros(self.union, dtype=torch.float64, device=self.places[0].device)
         for place, counts in zip(self.places, counted, strict=True):
             holders[place] += counts
