@@ -307,6 +307,7 @@ def refreshed(rank: int, size: int, masks: str) -> Any:
         {name: s.numpy() for name, s in scores.items()},
         mask,
         {n: p.detach().numpy() for n, p in model.named_parameters()},
+        rounds.last.other_bytes,
     )
 
 
@@ -325,6 +326,8 @@ def test_a_refresh_chooses_from_the_sum_of_all_scores(teams: dict[int, Team], ma
         union = results[0][1] | results[1][1] | results[2][1]
         assert union == best | Mask.from_dense(whole)
         assert [r[1].k for r in results] == [each + 51] * 3
+    shards = 4 * sum(t.numel() for t in total.values()) * 2 // 3
+    assert all(r[3] > shards for r in results)  # the round after a refresh counts what that has sent
     for result in results[1:]:
         for name, weight in results[0][2].items():
             np.testing.assert_array_equal(result[2][name], weight)

@@ -23,7 +23,7 @@ def choose(
     keep: Patterns = (),
     exclude: Patterns = (),
     *,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | Wire | None = None,
 ) -> Mask:
     """Choose one mask for all workers from the sum of their scores; all must call it, and get the same.
 
@@ -36,7 +36,7 @@ def choose(
         density: As for ``Mask.from_scores``, and so are ``keep`` and ``exclude``.
         keep: The same.
         exclude: The same.
-        group: The process group; by default that of all workers.
+        group: The process group, or a wire of it to count on; by default that of all workers.
 
     Raises:
         ValueError: As for ``Mask.from_scores``.
@@ -46,7 +46,7 @@ def choose(
     Source:
         Sections 2 and 3 of the paper, where one process sums the Fisher information of all samples.
     """
-    wire = Wire(group)
+    wire = group if isinstance(group, Wire) else Wire(group)
     kept, free, k = _agreed_budget(wire, scores, density, keep, exclude)
     chosen, _ = _best(wire, {name: scores[name] for name in free}, k)
     mask = _mask(scores, kept, free, chosen)
@@ -60,7 +60,7 @@ def deal(
     keep: Patterns = (),
     exclude: Patterns = (),
     *,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | Wire | None = None,
 ) -> Mask:
     """Choose masks of the workers' own from the sum of their scores, disjoint but for the kept parameters.
 
@@ -74,7 +74,7 @@ def deal(
     Source:
         Section 3 of the paper (GLUE).
     """
-    wire = Wire(group)
+    wire = group if isinstance(group, Wire) else Wire(group)
     kept, free, k = _agreed_budget(wire, scores, density, keep, exclude)
     room = sum(scores[name].numel() for name in free)
     if wire.size * k > room:

@@ -19,7 +19,7 @@ class Round:
         steps: Steps of this worker in this round.
         participants: How many workers have trained in it.
         payload_bytes: Bytes of values (and buffers) that this worker sent.
-        other_bytes: Bytes of everything else that it sent: proposals and votes.
+        other_bytes: Bytes of everything else that it sent since the last round: proposals, votes, a new mask.
         wait_seconds: Time until all workers had come to the round.
         wire_seconds: Time in the exchange after that.
         digest: SHA-256 (hex) over the merged values as little-endian float32; equal on all workers.

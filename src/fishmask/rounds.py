@@ -28,7 +28,7 @@ from fishmask import exchange
 from fishmask.attach import Tuning
 from fishmask.ballot import Standing, propose, vote
 from fishmask.buffers import read_buffers, write_buffers
-from fishmask.errors import FishError, RoundError
+from fishmask.errors import FishError, HandshakeError, RoundError
 from fishmask.fingerprint import raw_bytes
 from fishmask.handshake import Facts, agree, checksums
 from fishmask.mask import Mask, Patterns
@@ -39,9 +39,10 @@ from fishmask.params import canonical_parameters
 from fishmask.payload import Payload
 from fishmask.protocol import Denominator, Masks, Mode, Protocol, Reduction, preset_of
 from fishmask.round_log import Round, write_round, write_start
-from fishmask.union import Union
+from fishmask.union import Union, masks_of
 from fishmask.wire import Wire
 
+_KNOWN = (RoundError, HandshakeError)  # errors that all workers have at once
 _VERSION = 1  # of the records that workers exchange, and of the state that a commit keeps
 
 
@@ -197,7 +198,7 @@ class LocalRounds:
         try:
             if error is None:
                 self.finish()
-            elif isinstance(error, Exception) and not isinstance(error, RoundError) and not self._broken:
+            elif isinstance(error, Exception) and not isinstance(error, _KNOWN) and not self._broken:
                 self._tell_failure(error)
         finally:
             self.close()
@@ -274,7 +275,7 @@ class LocalRounds:
         """
         self._check_exchanged("choose a new mask")
         choose = exchange.choose if self.protocol.masks == "shared" else exchange.deal
-        mask = choose(scores, density, keep, exclude, group=self._wire.group)
+        mask = choose(scores, density, keep, exclude, group=self._wire)
         self.set_mask(mask, optimizer)
         return mask
 
@@ -288,18 +289,23 @@ class LocalRounds:
 
         Raises:
             HandshakeError: The workers' masks are not alike, or one of them cannot take its mask.
+            ValueError: No worker can take its mask, or a rule for masks that differ is missing.
             FishError: There are steps that have not been exchanged.
         """
         self._check_exchanged("set another mask")
-        facts: Facts = {"mask": "its own" if self.protocol.masks == "own" else mask.digest}
+        refusal: Exception | None = None
         try:
-            self.tuning.check_mask(mask, optimizer)
-        except (ValueError, FishError) as error:
-            facts["able to take its mask"] = f"no: {error}"
-        agree(self._wire, facts)
+            mask = self.tuning.check_mask(mask, optimizer)
+        except (TypeError, ValueError, FishError) as error:
+            refusal = error
+        facts: Facts = {"mask": "its own" if self.protocol.masks == "own" else mask.digest}
+        agree(self._wire, facts | {"able to take its mask": f"no: {refusal}" if refusal else "yes"})
+        if refusal:
+            raise refusal
+        masks = masks_of(self._wire, self.protocol, mask)
         before, owed = self._union.mask, self._union.owed(self._residual)
         self.tuning.set_mask(mask, optimizer)
-        self._union = Union(self.tuning, self._wire, self.protocol)
+        self._union = Union(self.tuning, self._wire, self.protocol, masks)
         self._anchor = self._union.moved(self._anchor, before, self._union.present())
         self._union.give(self._anchor)
         self._residual = self._union.nothing()
@@ -342,14 +348,18 @@ class LocalRounds:
     def handshake(self) -> None:
         """Compare masks, weights, buffers and settings of all workers, and start from them.
 
-        The constructor does it; call it again on all workers after a restore.
+        The constructor does it; call it again on all workers after a restore, or after ``load_state_dict`` of the
+        model. Without a state to go on from, the outer optimizer and what low precision has left over start anew.
 
         Raises:
-            HandshakeError: The workers do not train the same thing.
-            FishError: The state that was loaded is of another number of workers.
+            HandshakeError: The workers do not train the same thing, or one of them cannot go on from its state.
+            FishError: The state that was loaded is of other masks.
         """
         self.tuning._check_attached()
-        given, self._given = self._given or {}, None
+        self._check_unbroken()
+        given = self._given or {}
+        if self._flying is not None:  # what comes of it is not wanted, but its collectives must be over
+            self._flying[1].exception()
         self.number, self.step = given.get("number", self.number), given.get("step", self.step)
         self.pending, self._flying = 0, None
         model = self.tuning.model
@@ -362,26 +372,16 @@ class LocalRounds:
             "round": str(self.number),
         }
         agree(self._wire, facts)
-        self._union = Union(self.tuning, self._wire, self.protocol)
-        self._anchor = self._union.present()
-        if (anchor := given.get("anchor")) is not None:
-            if len(anchor) != self._union.mask.k:
-                raise FishError(
-                    f"the state is of a union of {len(anchor)} entries, but the workers' masks have "
-                    f"{self._union.mask.k} together: restore as many workers as there were, each from its own commit"
-                )
-            self._anchor = anchor.to(self._union.device)
-            self._union.give(self._anchor)
-        self._buffers = read_buffers(model, self._union.device)
-        self._residual = self._union.nothing()
-        if left := given.get("residual"):
-            self._residual = Residual(left["own"].to(self._union.device), left["merged"].to(self._union.device))
-        self._outer = None
-        if self._make_outer is not None:
-            self._outer = Outer(self._make_outer, self._union.mask, self._anchor)
-            if given.get("outer") is not None:
-                self._outer.load_state_dict(given["outer"])
-        self._digest = _digest(self._anchor)
+        masks = masks_of(self._wire, self.protocol, self.tuning.mask)
+        self._union = Union(self.tuning, self._wire, self.protocol, masks)
+        refusal: Exception | None = None
+        try:
+            self._start_from(given)
+        except Exception as error:  # a user's optimizer may raise anything
+            refusal = error
+        agree(self._wire, {"able to start": f"no: {type(refusal).__name__}: {refusal}" if refusal else "yes"})
+        if refusal:
+            raise refusal
         found: Facts = {
             "weights": checksums(parameters),
             "values": self._digest,
@@ -389,7 +389,37 @@ class LocalRounds:
             "outer optimizer": repr(self._outer.optimizer) if self._outer else "none",
         }
         agree(self._wire, found)
+        self._given, self._loads = None, self.tuning.loads
         self._wire.read_counters()
+
+    def _start_from(self, given: Mapping[str, Any]) -> None:
+        """Set what all workers have in common from a state, and from what is there where it says nothing."""
+        union, residual = self._union, given.get("residual")
+        for what, held, wanted in (
+            ("anchor", given.get("anchor"), union.mask.k),
+            ("residual", residual and residual["own"], union.own_mask.k),
+            ("residual", residual and residual["merged"], union.mask.k),
+        ):
+            if held is not None and len(held) != wanted:
+                raise FishError(
+                    f"the {what} of this state has {len(held)} entries, but these masks have {wanted}: restore as many "
+                    "workers as there were, each with its mask from its own commit"
+                )
+        if given.get("anchor") is not None:
+            self._anchor = given["anchor"].to(union.device)
+            union.give(self._anchor)
+        else:
+            self._anchor = union.present()
+        self._buffers = read_buffers(self.tuning.model, union.device)
+        self._residual = union.nothing()
+        if residual:
+            self._residual = Residual(residual["own"].to(union.device), residual["merged"].to(union.device))
+        self._outer = None
+        if self._make_outer is not None:
+            self._outer = Outer(self._make_outer, union.mask, self._anchor)
+            if given.get("outer") is not None:
+                self._outer.load_state_dict(given["outer"])
+        self._digest = _digest(self._anchor)
 
     # --- a round ------------------------------------------------------------------------------------------------------
 
@@ -446,7 +476,9 @@ class LocalRounds:
         if error is not None:
             message = f"{type(error).__name__}: {error}"
         steps, self.pending = self.pending, 0
-        standing = Standing(self.number, steps, finished, changed, bool(message), int(self._digest[:15], 16))
+        # Also without a step that was counted: a second optimizer's, or by hand.
+        trained = steps > 0 or not torch.equal(values, self._union.own(self._anchor))
+        standing = Standing(self.number, trained, finished, changed, bool(message), int(self._digest[:15], 16))
         return _Launched(standing, message, values, (floats, wholes), self.step, steps)
 
     def _exchange(self, mine: _Launched) -> _Outcome:
@@ -455,7 +487,7 @@ class LocalRounds:
         wire, begin = self._wire, perf_counter()
         everyone = propose(wire, mine.standing, mine.message)
         waited = perf_counter() - begin
-        finished, trained = all(one.finished for one in everyone), [one.steps > 0 for one in everyone]
+        finished, trained = all(one.finished for one in everyone), [one.trained for one in everyone]
         proposing, _ = wire.read_counters()
         if not any(trained):
             return _Outcome(finished, None)
@@ -497,21 +529,25 @@ class LocalRounds:
         floats, wholes = mine
         if len(floats):
             layout, empty = Shared(len(floats), "mean", "exact", "float32"), floats.new_empty(0)
-            floats, _ = layout.merge(self._wire, Proposal(floats, self._buffers[0], trained, Residual(empty, empty)))
+            merged, _ = layout.merge(self._wire, Proposal(floats, self._buffers[0], trained, Residual(empty, empty)))
+            # Constants such as minus infinity have no difference.
+            floats = torch.where(self._buffers[0].isfinite(), merged, self._buffers[0])
         if len(wholes):
             wholes = self._wire.gather(wholes).amax(0)
         return floats, wholes
 
     def _commit(self, launched: _Launched, merged: _Merged) -> None:
-        learnt = None
-        if self.pending:  # while the round was under way
-            learnt = self.tuning.values.detach().double() - launched.values.double()
+        learnt, values = None, self.tuning.values.detach()
+        if not torch.equal(values, launched.values):  # while the round was under way
+            learnt = values.double() - launched.values.double()
         self._anchor, self._residual = merged.values, merged.residual
         self._union.give(self._anchor, learnt)
         if merged.buffers is not None:
             now = read_buffers(self.tuning.model, self._union.device)
             parts = zip(merged.buffers, now, launched.buffers, strict=True)
-            floats, wholes = (agreed + (present - then) for agreed, present, then in parts)
+            floats, wholes = (
+                torch.where(present == then, agreed, agreed + (present - then)) for agreed, present, then in parts
+            )
             write_buffers(self.tuning.model, floats, wholes)
             self._buffers = merged.buffers
         self.number, self.last, self._digest = merged.round.number, merged.round, merged.round.digest
@@ -544,16 +580,22 @@ class LocalRounds:
 
     def _check(self) -> None:
         self.tuning._check_attached()
-        if self._broken:
-            raise FishError("an earlier round broke off, so the process group cannot be used: start the workers again")
+        self._check_unbroken()
         if self._given is not None:
             raise FishError("this state was restored: call handshake() on all workers before the next step")
         if self.tuning.mask is not self._union.own_mask:
             raise FishError("the mask was changed on the Tuning: call set_mask of LocalRounds instead, on all workers")
+        if self.tuning.loads != self._loads:
+            raise FishError("the model's state was loaded anew: call handshake() on all workers before the next step")
+
+    def _check_unbroken(self) -> None:
+        if self._broken:
+            raise FishError("an earlier round broke off, so the process group cannot be used: start the workers again")
 
     def _check_exchanged(self, wish: str) -> None:
         self._check()
-        if self.pending or self._flying:
+        changed = not torch.equal(self.tuning.values, self._union.own(self._anchor))
+        if self.pending or self._flying or changed:
             raise FishError(
                 f"there are steps that have not been exchanged, so the workers differ and cannot {wish}: do it right "
                 "after a round (when pending is 0), or call round() on all workers first"
