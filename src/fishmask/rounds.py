@@ -584,7 +584,10 @@ class LocalRounds:
         if self._given is not None:
             raise FishError("this state was restored: call handshake() on all workers before the next step")
         if self.tuning.mask is not self._union.own_mask:
-            raise FishError("the mask was changed on the Tuning: call set_mask of LocalRounds instead, on all workers")
+            raise FishError(
+                "the mask was changed on the Tuning: call set_mask of LocalRounds instead, or handshake() after a "
+                "restore, on all workers"
+            )
         if self.tuning.loads != self._loads:
             raise FishError("the model's state was loaded anew: call handshake() on all workers before the next step")
 
