@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -79,6 +80,7 @@ class Tuning:
         mask: The current mask, with the shapes of the model.
         originals: What the base was, at the entries that were ever masked.
         loads: How many times ``load_state_dict`` has reached a module with masked entries.
+        reduced: Whether a ``Replica`` has shown the values to ``DistributedDataParallel``.
     """
 
     def __init__(self, model: nn.Module, mask: Mask) -> None:
@@ -114,7 +116,7 @@ class Tuning:
         self._sites: list[Site] = []
         self._site_handles: list[RemovableHandle] = []
         self._watch = Watch(self._found_elsewhere)
-        self._paused = self._stepping = False
+        self._paused = self._stepping = self.reduced = False
         self._step_hooks: OrderedDict[int, Callable[[Optimizer], None]] = OrderedDict()
         self._forwards = 0  # those with gradients since the mask was set
         self._handles = [
@@ -129,6 +131,15 @@ class Tuning:
     def attached(self) -> bool:
         """Whether the model is attached still."""
         return self._attached
+
+    @property
+    def general(self) -> tuple[str, ...]:
+        """Names of the parameters whose gradient autograd makes whole, because their use is not known."""
+        return tuple(self._general)
+
+    def settled_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the model's floating-point parameters by canonical name; those that FSDP2 has gathered are put back first."""
+        return canonical_parameters(self.model)
 
     # --- the values ---------------------------------------------------------------------------------------------------
 
@@ -240,7 +251,7 @@ class Tuning:
         self._unhook()
         with torch.inference_mode(False):
             self._lay_out(mask)
-        self.mask, self._adopted = mask, {}
+        self.mask, self._adopted, self.reduced = mask, {}, False
         for name in before.keys() & self._entries.keys():
             old, new = before[name], self._entries[name]
             if old.values.grad is not None:
@@ -403,6 +414,11 @@ class Tuning:
                 "the model was moved or converted while attached: move it to its device and dtype first, then attach"
             )
         if torch.is_grad_enabled():
+            if DistributedDataParallel._active_ddp_module is not None and not self.reduced:
+                raise FishError(
+                    "DistributedDataParallel does not know the values of an attached model, so every worker would "
+                    "train alone: wrap the model as DistributedDataParallel(fishmask.data_parallel.Replica(tuning))"
+                )
             # Watching costs about two per cent of a forward, so it is done for the first, second, fourth, eighth ...
             self._forwards += 1
             turn = self._forwards & (self._forwards - 1) == 0

@@ -1,6 +1,6 @@
 """Per-step data parallelism: ``DistributedDataParallel`` averages the gradient of the values and moves nothing else."""
 
-from typing import Any, Never
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,6 @@ from fishmask.attach import Tuning
 from fishmask.errors import FishError
 from fishmask.handshake import agree, checksums
 from fishmask.originals import persistent_buffers
-from fishmask.params import canonical_parameters
 from fishmask.wire import Wire
 
 
@@ -68,3 +67,46 @@ class Replica(nn.Module):
         # The name is DDP's.
         self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in ignored]
         tuning.reduced = True
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model.
+
+        Raises:
+            FishError: DDP holds values that are no longer trained, or is told to look for unused parameters where it
+                cannot see the used ones.
+        """
+        self._check()
+        output = self.model(*args, **kwargs)
+        ddp = DistributedDataParallel._active_ddp_module
+        if ddp is not None and ddp.find_unused_parameters and not ddp.static_graph and torch.is_grad_enabled():
+            self._refuse_unseen()  # also those that this forward has only just found
+        return output
+
+    def _check(self) -> None:
+        now = {id(values) for values in self.tuning.parameters()}
+        if not self.tuning.attached or now != {id(values) for values in self.values}:
+            raise FishError(
+                "the mask was changed or detached since this Replica was made, so DDP holds values that lead nowhere: "
+                "make a new Replica and a new DistributedDataParallel after set_mask() or attach()"
+            )
+
+    def _refuse_unseen(self) -> None:
+        if unseen := list(self.tuning.general):
+            raise FishError(
+                "find_unused_parameters=True takes the values of these parameters for unused, because their gradient "
+                f"is gathered by hooks and not by the graph: {', '.join(unseen)}. Use static_graph=True, which finds "
+                "unused ones too, or leave them out of the mask"
+            )
+
+
+class _Values(nn.ParameterList):
+    """The values, which are in the model's state as its weights and therefore not a second time in that of DDP."""
+
+    @override
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        pass
+
+    @override
+    def _load_from_state_dict(self, *args: Any) -> None:
+        pass
