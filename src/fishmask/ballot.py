@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fishmask.errors import RoundError
+from fishmask.handshake import FACTS, ROUND
 from fishmask.wire import Wire
 
 
@@ -14,7 +15,7 @@ class Standing(NamedTuple):
 
     Attributes:
         number: Of its last round.
-        steps: That it has taken since.
+        trained: Whether its values have changed since.
         finished: Whether it trains no more.
         changed: Whether its buffers have changed since.
         wrong: Whether it has a message that says what is wrong with it.
@@ -22,7 +23,7 @@ class Standing(NamedTuple):
     """
 
     number: int
-    steps: int
+    trained: bool
     finished: bool
     changed: bool
     wrong: bool
@@ -38,12 +39,17 @@ def propose(wire: Wire, mine: Standing, message: str) -> list[Standing]:
         message: What is wrong with it, if anything.
 
     Raises:
-        RoundError: Something is wrong with one of them, or they have not had the same last round; on all workers.
+        RoundError: Something is wrong with one of them, or they have not had the same last round, or not all have come
+            to a round; on all workers.
     """
-    record = torch.tensor([*map(int, mine), 0, 0], dtype=torch.int64)
+    records = wire.gather(torch.tensor([ROUND, *map(int, mine), 0], dtype=torch.int64)).tolist()
+    elsewhere = {rank: "compares what it trains instead" for rank, record in enumerate(records) if record[0] == FACTS}
+    if elsewhere:
+        wire.gather_bytes(message.encode())
+        raise _failure(mine.number, elsewhere)
     everyone = [
-        Standing(number, steps, bool(finished), bool(changed), bool(wrong), digest)
-        for number, steps, finished, changed, wrong, digest, _, _ in wire.gather(record).tolist()
+        Standing(number, bool(trained), bool(finished), bool(changed), bool(wrong), digest)
+        for _, number, trained, finished, changed, wrong, digest, _ in records
     ]
     reasons: dict[int, str] = {}
     if any(standing.wrong for standing in everyone):

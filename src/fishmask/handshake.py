@@ -18,6 +18,10 @@ from fishmask.wire import Wire
 
 Facts = dict[str, str | dict[str, str]]
 
+# What a worker has come for: the first of the eight int64 with which it comes to anything that all do together, so that
+# workers that have come for different things find that out, and do not take each other's bytes for their own.
+FACTS, ROUND = 1, 2
+
 _SHOWN = 5  # names of a long list
 _ADVICE = {
     "mask": "choose the mask from scores of all workers (fishmask.exchange.choose), or from one seed, or load one file",
@@ -29,21 +33,32 @@ _ADVICE = {
 
 
 def agree(wire: Wire, facts: Facts) -> None:
-    """Compare facts with those of all other workers; a worker sends 32 bytes while they agree.
+    """Compare facts with those of all other workers; a worker sends 64 bytes while they agree.
 
     Args:
         wire: The workers.
         facts: What must be equal, by a short name: a text, or texts by name.
 
     Raises:
-        HandshakeError: They differ; on every worker, with the same text.
+        HandshakeError: They differ, or another worker has come to a round; on every worker, with the same text.
     """
     packed = json.dumps(facts, sort_keys=True).encode()
-    digest = torch.frombuffer(bytearray(hashlib.sha256(packed).digest()), dtype=torch.uint8)
-    if bool((wire.gather(digest) == digest).all()):
+    digest = torch.frombuffer(bytearray(hashlib.sha256(packed).digest()), dtype=torch.int64)
+    record = torch.cat([torch.tensor([FACTS]), digest, torch.zeros(3, dtype=torch.int64)])
+    records = wire.gather(record)
+    if bool((records == record).all()):
         # All that one worker sees equal, all see equal.
         return
-    everyone: list[Facts] = [json.loads(data) for data in wire.gather_bytes(packed)]
+    received = wire.gather_bytes(packed)
+    elsewhere = [rank for rank, kind in enumerate(records[:, 0].tolist()) if kind == ROUND]
+    if elsewhere:
+        told = {rank: received[rank].decode() or "has come to a round instead" for rank in elsewhere}
+        lines = [f"rank {rank}: {text}" for rank, text in told.items()]
+        raise HandshakeError(
+            "the workers could not compare what they train:\n  " + "\n  ".join(lines),
+            {"failure": {text: [rank for rank, other in told.items() if other == text] for text in told.values()}},
+        )
+    everyone: list[Facts] = [json.loads(data) for data in received]
     names = dict.fromkeys(name for one in everyone for name in one)
     disagreements = {name: ranks for name in names if len(ranks := _ranks([one.get(name) for one in everyone])) > 1}
     lines = [_line(name, ranks, [one.get(name) for one in everyone]) for name, ranks in disagreements.items()]

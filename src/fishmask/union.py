@@ -21,17 +21,15 @@ class Union:
         tuning: This worker's tuning; with masks of their own it then counts the entries of the others as trained.
         wire: The workers.
         protocol: The rules.
+        masks: Those of all workers, from ``masks_of``.
 
     Attributes:
         mask: The union of all workers' masks.
         own_mask: This worker's.
         device: Of the values.
-
-    Raises:
-        ValueError: The masks differ, and a rule for that is missing.
     """
 
-    def __init__(self, tuning: Tuning, wire: Wire, protocol: Protocol) -> None:
+    def __init__(self, tuning: Tuning, wire: Wire, protocol: Protocol, masks: list[Mask]) -> None:
         self._tuning, self._workers, self._mean = tuning, wire.size, protocol.reduction == "mean"
         self.mask = self.own_mask = tuning.mask
         self.device = tuning.values.device
@@ -39,8 +37,6 @@ class Union:
         if protocol.masks == "shared":
             self._layout: Shared | Own = Shared(self.mask.k, protocol.reduction, protocol.mode, protocol.payload)
             return
-        masks = gather_masks(wire, self.own_mask)
-        _check_rules(masks, protocol)
         self._layout = Own(
             masks, wire.rank, protocol.reduction, protocol.denominator, protocol.head, protocol.payload, self.device
         )
@@ -103,10 +99,25 @@ class Union:
         return torch.where(known[place], whole[place], fresh)
 
 
+def masks_of(wire: Wire, protocol: Protocol, mask: Mask) -> list[Mask]:
+    """Return the masks of all workers, which with one for all are this worker's; nothing changes.
+
+    Args:
+        wire: The workers.
+        protocol: The rules.
+        mask: This worker's, with the shapes of the model.
+
+    Raises:
+        ValueError: The masks differ, and a rule for that is missing; on all workers.
+    """
+    masks = [mask] * wire.size if protocol.masks == "shared" else gather_masks(wire, mask)
+    if protocol.masks == "own" and len(masks) > 1:
+        _check_rules(masks, protocol)
+    return masks
+
+
 def _check_rules(masks: list[Mask], protocol: Protocol) -> None:
     """Raise ValueError where a rule is needed that nobody gave."""
-    if len(masks) == 1:
-        return
     common = masks[0]
     for mask in masks[1:]:
         common = common & mask
