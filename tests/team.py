@@ -1,14 +1,17 @@
 """Workers for tests: processes with a gloo group that stay, and do what they are told together.
 
 ``Team(3).run(function, *arguments)`` calls ``function(rank, size, *arguments)`` on all workers and returns what they
-return. Functions are module-level ones of test modules. An error in a worker is raised here, after the group has been
-made anew.
+return. Functions are module-level ones of test modules. An error in a worker is raised here.
+
+``in_threads(3, function, *arguments)`` calls ``function(wire, *arguments)`` on threads whose wires go through memory:
+quicker, and enough for what needs no processes.
 """
 
 import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,6 +21,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from fishmask.wire import Wire
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "fishmask", "tests.team"])
@@ -111,3 +117,51 @@ def _work(rank: int, size: int, store: str, timeout: float, pipe: Connection) ->
         except BaseException:
             answer = traceback.format_exc(), None
         pipe.send(answer)
+
+
+class MemoryWire(Wire):
+    """A worker's wire to other threads; what would end a process of a real group is an AssertionError."""
+
+    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        self.group, self.rank, self.size, self.device = None, rank, len(slots), torch.device("cpu")
+        self.bytes, self.seconds = 0, 0.0
+        self._slots, self._barrier = slots, barrier
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self._meet("gather", tensor))
+
+    def swap(self, tensor: Tensor) -> Tensor:
+        assert len(tensor) == self.size
+        return torch.stack([rows[self.rank] for rows in self._meet("swap", tensor)])
+
+    def add(self, tensor: Tensor) -> Tensor:
+        # In an order that no rank-ordered sum has.
+        return torch.stack(self._meet("add", tensor)[::-1]).sum(0)
+
+    def _meet(self, what: str, tensor: Tensor) -> list[Tensor]:
+        self._slots[self.rank] = what, tensor.clone()
+        self._barrier.wait(PATIENCE / 4)
+        met = list(self._slots)
+        self._barrier.wait(PATIENCE / 4)
+        kinds = {(name, other.shape, other.dtype) for name, other in met}
+        assert len(kinds) == 1, f"workers that do different things: {kinds}"
+        return [other for _, other in met]
+
+
+def in_threads(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call ``function(wire, *arguments)`` on threads; return what they return, or the error where one is raised."""
+    slots: list[Any] = [None] * size
+    barrier, outcomes = threading.Barrier(size), list(slots)
+
+    def work(rank: int) -> None:
+        try:
+            outcomes[rank] = function(MemoryWire(rank, slots, barrier), *arguments)
+        except Exception as error:
+            outcomes[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes

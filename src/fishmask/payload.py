@@ -34,7 +34,8 @@ def decode(coded: Tensor, payload: Payload, count: int) -> Tensor:
     if payload == "bfloat16":
         return coded.contiguous().view(torch.bfloat16).float()
     start = 4 * -(-count // BLOCK)
-    scales = coded[..., :start].contiguous().view(torch.float32)
+    # A copy: a single row counts as contiguous whatever its stride, which the view does not take.
+    scales = coded[..., :start].clone(memory_format=torch.contiguous_format).view(torch.float32)
     digits = coded[..., start:].contiguous().view(torch.int8).float()
     blocks = torch.nn.functional.pad(digits, (0, -count % BLOCK)).unflatten(-1, (-1, BLOCK))
     values: Tensor = (blocks * scales.unsqueeze(-1)).flatten(-2)[..., :count].contiguous()
