@@ -103,7 +103,7 @@ def _agreed_budget(
     sizes = {name: score.numel() for name, score in scores.items()}
     try:
         parts = budget(sizes, density, keep, exclude)
-        check_scores(scores)
+        check_scores({name: scores[name] for name in parts[1]})
         wrong = ""
     except (TypeError, ValueError) as error:
         wrong = str(error)

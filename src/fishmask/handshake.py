@@ -42,7 +42,7 @@ def agree(wire: Wire, facts: Facts) -> None:
     Raises:
         HandshakeError: They differ, or another worker has come to a round; on every worker, with the same text.
     """
-    packed = json.dumps(facts, sort_keys=True).encode()
+    packed = json.dumps(facts).encode()  # as ordered: tensors laid end to end in another order do not add up
     digest = torch.frombuffer(bytearray(hashlib.sha256(packed).digest()), dtype=torch.int64)
     record = torch.cat([torch.tensor([FACTS]), digest, torch.zeros(3, dtype=torch.int64)])
     records = wire.gather(record)
@@ -84,8 +84,8 @@ def _line(fact: str, ranks: dict[str, list[int]], held: list[Any]) -> str:
     )
     if all(isinstance(value, dict) for value in held):
         every = dict.fromkeys(name for value in held for name in value)
-        differ = [name for name in every if len({value.get(name) for value in held}) > 1]
+        differ = [name for name in sorted(every) if len({value.get(name) for value in held}) > 1]
         more = f" and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
-        shown = f"{', '.join(differ[:_SHOWN])}{more} (digest {shown})"
+        shown = f"{', '.join(differ[:_SHOWN]) or 'in another order'}{more} (digest {shown})"
     advice = f": {_ADVICE[fact]}" if fact in _ADVICE else ""
     return f"{fact}: {shown}{advice}"
