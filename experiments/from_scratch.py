@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from fishmask.measure import environment
 
 Record = dict[str, Any]
 
-# What random numbers are for; each stream is decided by (seed, epoch, purpose).
+# What random numbers are for; each stream is decided by (seed, epoch, purpose, worker).
 _TRAINING, _SCORING, _STATISTICS, _CHOICE = range(4)
 _SCORED_AT_ONCE = 64
 _TESTED_AT_ONCE = 500
@@ -39,7 +39,7 @@ class Config:
     decay: str = field(default="masked", metadata={"choices": ("masked", "leak"), "help": "what weight decay reaches"})
     lr: float = field(default=0.4, metadata={"help": "highest learning rate"})
     epochs: int = field(default=100, metadata={})
-    peak: int = field(default=5, metadata={"help": "epoch after which the learning rate is highest"})
+    peak: float = field(default=5.0, metadata={"help": "epochs after which the learning rate is highest"})
     images: int = field(default=50_000, metadata={"help": "training images, of each class equally many"})
     batch: int = field(default=512, metadata={})
     examples: int = field(default=1024, metadata={"help": "training images that Fisher scores are summed over"})
@@ -110,7 +110,7 @@ def run(config: Config, images: Images, folder: Path, tell: Callable[[str], None
     model = fresh.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     began = time.perf_counter()
     training = begin(config, model, images.training, folder)
-    seconds_scoring = _now(device) - began
+    seconds_scoring = now(device) - began
     try:
         state = training.restored or {"config": asdict(config), "history": [], "saves": []}
         if state["config"] != asdict(config):
@@ -124,10 +124,10 @@ def run(config: Config, images: Images, folder: Path, tell: Callable[[str], None
             if epoch and config.refresh == "epoch":
                 began = time.perf_counter()
                 training.set_mask(choose(config, model, images.training, epoch))
-                seconds_scoring = _now(device) - began
+                seconds_scoring = now(device) - began
             began = time.perf_counter()
             loss = train_epoch(config, model, training, images.training, epoch, rates)
-            seconds = {"seconds_training": _now(device) - began, "seconds_scoring": seconds_scoring}
+            seconds = {"seconds_training": now(device) - began, "seconds_scoring": seconds_scoring}
             seconds_scoring = 0.0
             history.append({"loss": loss if math.isfinite(loss) else None, **seconds})
             tell(f"epoch {epoch + 1} of {config.epochs}, loss {loss:.4f}, {seconds['seconds_training']:.1f} s")
@@ -189,14 +189,29 @@ def choose(config: Config, model: nn.Module, images: TrainingImages, epoch: int)
     """
     head = HEADS[config.model]
     if config.method == "random":
-        seed = int(_rng(config, epoch, _CHOICE).integers(2**31))
-        return Mask.random(model, config.density, seed, keep=head)
-    # Divides the number of examples, so that no batch is dropped before they are reached.
-    size = math.gcd(config.examples, _SCORED_AT_ONCE)
+        return Mask.random(model, config.density, seed_of_choice(config, epoch), keep=head)
     if epoch == 0:
+        size = math.gcd(config.examples, _SCORED_AT_ONCE)
         settle_statistics(model, images.batches(size, _rng(config, epoch, _STATISTICS)), config.examples // size)
-    scored = fisher(model, images.batches(size, _rng(config, epoch, _SCORING)), examples=config.examples)
-    return Mask.from_scores(scored, config.density, keep=head)
+    return Mask.from_scores(score(config, model, images, epoch), config.density, keep=head)
+
+
+def seed_of_choice(config: Config, number: int) -> int:
+    """Return the seed of the random mask with this number."""
+    return int(_rng(config, number, _CHOICE).integers(2**31))
+
+
+def score(
+    config: Config, model: nn.Module, images: TrainingImages, number: int, worker: int = 0, workers: int = 1
+) -> dict[str, Tensor]:
+    """Return the Fisher scores that the mask with this number is chosen by, summed over this worker's examples.
+
+    All workers together take the examples that one would take alone.
+    """
+    share = config.examples // workers
+    # Divides the share, so that no batch is dropped before it is reached.
+    batches = images.batches(math.gcd(share, _SCORED_AT_ONCE), _rng(config, number, _SCORING))
+    return fisher(model, islice(batches, worker, None, workers), examples=share)
 
 
 @torch.no_grad()
@@ -222,18 +237,35 @@ def train_epoch(
     model.train()
     total = torch.zeros((), device=next(model.parameters()).device)
     first = epoch * config.steps_per_epoch
-    for step, (pixels, labels) in enumerate(images.batches(config.batch, _rng(config, epoch, _TRAINING)), first):
-        for group in training.optimizer.param_groups:
-            group["lr"] = rates[step]
-        with _precision(config, pixels.device):
-            logits = model(pixels)
-        loss = F.cross_entropy(logits.float(), labels)
-        loss.backward()
+    for step, (pixels, labels) in enumerate(training_batches(config, images, epoch), first):
+        set_rate(training.optimizer, rates[step])
+        total += backward(config, model, pixels, labels)
         training.mask_gradients()
         training.optimizer.step()
         training.optimizer.zero_grad()
-        total += loss.detach()
     return float(total) / config.steps_per_epoch
+
+
+def training_batches(
+    config: Config, images: TrainingImages, epoch: int, worker: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield an epoch's batches; every worker has an order and augmentation of its own over all images."""
+    return images.batches(config.batch, _rng(config, epoch, _TRAINING, worker))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give all parameters one learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def backward(config: Config, model: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+    """Add the gradient of the mean cross-entropy of a batch; return that loss, detached."""
+    with _precision(config, pixels.device):
+        logits = model(pixels)
+    loss = F.cross_entropy(logits.float(), labels)
+    loss.backward()
+    return loss.detach()
 
 
 @torch.no_grad()
@@ -247,15 +279,15 @@ def accuracy(config: Config, model: nn.Module, test: tuple[Tensor, Tensor]) -> f
     return right / len(test[1])
 
 
-def _rng(config: Config, epoch: int, purpose: int) -> np.random.Generator:
-    return np.random.default_rng((config.seed, epoch, purpose))
+def _rng(config: Config, epoch: int, purpose: int, worker: int = 0) -> np.random.Generator:
+    return np.random.default_rng((config.seed, epoch, purpose, worker))
 
 
 def _precision(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Return the time when all that was asked of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -16,6 +16,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from experiments.cifar10 import table as cifar10_table
+from experiments.distributed_cifar10 import table as distributed_cifar10_table
 from fishmask.demo import COLUMNS, RECIPES, TITLES, caption, row
 from fishmask.recipe import recipe_from
 from fishmask.tables import costs_table, differences_table, layers_table, methods_table, search_table
@@ -184,6 +185,11 @@ def cifar10() -> str:
     return f"{cifar10_table('reduced')}\n\n{machine(records('cifar10')[-1])}"
 
 
+def distributed_cifar10() -> str:
+    """Return the training from scratch on two workers in small: one row per mask."""
+    return f"{distributed_cifar10_table('reduced')}\n\n{machine(records('distributed_cifar10')[-1])}"
+
+
 def recipe() -> str:
     """Return the search for a recipe: one row per mask, the validation quality at its best rate."""
     lines = latest(
@@ -247,6 +253,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "checkpoints": ("checkpoints", checkpoints),
     "commits": ("checkpoints", commits),
     "cifar10": ("cifar10", cifar10),
+    "distributed-cifar10": ("distributed_cifar10", distributed_cifar10),
     "recipe": ("recipe", recipe),
     "claims": ("glue_ablation", ablation),
     "glue": ("glue", glue(lambda lines: methods_table(lines, 0.005))),
