@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -480,9 +480,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def run_here(rank: int, size: int, script: str, folder: str) -> None:
     """Run a script that would make a group in the group of this team."""
     Path(folder).mkdir(exist_ok=True)
-    with patch.object(dist, "init_process_group"), patch.object(dist, "destroy_process_group"):
-        with patch.object(sys, "argv", [script, folder]):
-            runpy.run_path(script, run_name="__main__")
+    group = patch.multiple(dist, init_process_group=Mock(), destroy_process_group=Mock())
+    with group, patch.object(sys, "argv", [script, folder]):
+        runpy.run_path(script, run_name="__main__")
 
 
 @pytest.mark.slow
