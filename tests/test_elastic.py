@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,6 +68,8 @@ class Work:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.schedule.step()
+            if self.rounds.protocol.overlap and self.rounds.step % 3 == 0:
+                self.rounds.round()  # merge what was learnt while the last one was under way
             if log is not None and self.rounds.pending == 0:
                 log.commit(state={"schedule": self.schedule})
 
@@ -92,6 +95,7 @@ class Work:
 DILOCO = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
 SETTINGS: dict[str, dict[str, Any]] = {
     "shared": {},
+    "shared-overlap": {"overlap": 1},
     "shared-int8-diloco": {"payload": "int8", "outer": DILOCO},
     "own-sum": {"masks": "own", "reduction": "sum", "head": "mean"},
     "own-bfloat16": {"masks": "own", "denominator": "holders", "head": "mean", "payload": "bfloat16", "outer": DILOCO},
@@ -187,6 +191,15 @@ def test_a_start_that_kept_nothing_together_is_passed_over(teams: dict[int, Team
     assert (tmp_path / "generation-00000003").is_dir()
 
 
+def test_a_damaged_base_is_passed_over_too(teams: dict[int, Team], tmp_path: Path) -> None:
+    kept = teams[2].run(begin, "shared", str(tmp_path), 6)
+    teams[2].run(go_on, "shared", str(tmp_path), "keep", 9)
+    (tmp_path / "generation-00000002" / "worker-00000" / "base-00000001.safetensors").write_bytes(b"")
+    for was, now in zip(kept, teams[2].run(go_on, "shared", str(tmp_path), "keep"), strict=True):
+        assert [problem.path.parent.parent.name for problem in now["resumed"].skipped] == ["generation-00000002"]
+        same_bits(now["weights"], was["weights"])
+
+
 def test_without_an_intact_round_all_are_told(teams: dict[int, Team], tmp_path: Path) -> None:
     teams[2].run(begin, "shared", str(tmp_path), 6)
     for path in tmp_path.glob("*/worker-00001/commit-*"):
@@ -194,6 +207,79 @@ def test_without_an_intact_round_all_are_told(teams: dict[int, Team], tmp_path: 
     teams[2].start(go_on, "shared", str(tmp_path), "keep")
     for error, _ in teams[2].results():
         assert "holds no round that all workers have kept" in error
+
+
+def with_new_masks(rank: int, size: int, name: str, path: str | None, until: int) -> dict[str, Any]:
+    """Go over to another mask after the first and the third round; with a path, go on from there and keep all."""
+    work = Work(rank, size, SETTINGS[name])
+    base = {n: p.detach().clone() for n, p in Work(rank, 1, {}).model.named_parameters()}
+    torch.manual_seed(100 + rank)
+    head = Mask.from_indices({n: i for n, i in work.tuning.mask.indices.items() if n.startswith("4.")}, work.model)
+    log = None if path is None else WorkersLog(path, work.rounds, work.optimizer, policy="mean")
+    restored = log and log.restore(state={"schedule": work.schedule}) and work.found()
+    union, resumed_mask = work.rounds._union.mask, work.tuning.mask
+    while work.rounds.step < until:
+        work.train(work.rounds.step + 3)
+        if work.rounds.number in (1, 3):
+            mask = Mask.random(work.model, 0.4, seed=work.rounds.number + 10, exclude="4")
+            own = "own" in name
+            work.rounds.set_mask((mask.split(size)[rank] if own else mask) | head, work.optimizer)
+        if log is not None:
+            log.commit(state={"schedule": work.schedule})
+    if log is not None:
+        log.close()
+    found = work.found()
+    delta = work.tuning.delta().mask
+    work.tuning.revert()
+    for n, p in work.model.named_parameters():  # what is trained, what others train, and what anybody ever trained
+        assert torch.equal(p.view(torch.int32), base[n].view(torch.int32)), n
+    return {**found, "delta": delta, "restored": restored, "union": union, "resumed mask": resumed_mask}
+
+
+@pytest.mark.parametrize("name", ["shared-int8-diloco", "own-bfloat16"])
+def test_masks_that_were_changed_come_back(teams: dict[int, Team], tmp_path: Path, name: str) -> None:
+    wanted = teams[3].run(with_new_masks, name, None, 15)
+    began = teams[3].run(with_new_masks, name, str(tmp_path), 9)
+    fewer = tmp_path / "fewer"
+    shutil.copytree(tmp_path / "generation-00000001", fewer / "generation-00000001")
+    for was, now in zip(wanted, teams[3].run(with_new_masks, name, str(tmp_path), 15), strict=True):
+        same_bits(now["weights"], was["weights"])
+        same_bits(now["moments"], was["moments"])
+        assert (now["mask"], now["delta"], now["outer"]) == (was["mask"], was["delta"], was["outer"])
+    others = teams[2].run(with_new_masks, name, str(fewer), 15)
+    for now in others:
+        same_bits(now["restored"]["weights"], began[0]["weights"])
+        assert now["union"] == union_of([was["mask"] for was in began])
+        assert (began[0]["delta"] - now["delta"]).k == 0
+        same_bits(now["weights"], others[0]["weights"])
+    assert union_of([now["resumed mask"] for now in others]) == others[0]["union"]
+
+
+def killed_while_committing(rank: int, size: int, path: str, moment: str) -> None:
+    """Have worker 1 die in its second commit, before or after its own part is durable."""
+
+    def die(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    work = Work(rank, size, {})
+    with WorkersLog(path, work.rounds, work.optimizer) as log:
+        work.train(3, log)
+        if rank == 1:
+            setattr(*((log._log, "commit", die) if moment == "before" else (log, "_together", die)))
+        work.train(6, log)
+
+
+@pytest.mark.parametrize(("moment", "number"), [("before", 1), ("after", 2)])
+def test_a_worker_killed_in_its_commit(teams: dict[int, Team], tmp_path: Path, moment: str, number: int) -> None:
+    with Team(2) as doomed:
+        doomed.start(killed_while_committing, str(tmp_path), moment)
+        (other, _), (killed, _) = doomed.results()
+    assert killed == "died"
+    assert "RoundError: the connection between the workers broke off" in other
+    wanted = teams[2].run(undisturbed, "shared", 9)
+    for was, now in zip(wanted, teams[2].run(go_on, "shared", str(tmp_path), "keep", 9), strict=True):
+        assert now["resumed"].number == number
+        same_bits(now["after"]["weights"], was["weights"])
 
 
 # --- another number of workers ----------------------------------------------------------------------------------------

@@ -330,6 +330,7 @@ class WorkersLog:
         commits, problem = [number], None
         try:
             first = self._read(generation, 0, number)
+            self._base(first)
         except (FishError, OSError) as error:
             return [], Problem(history.path_of(self._folder(generation, 0), "commit", number), str(error))
         for worker in range(1, first.rounds["workers"]):
@@ -353,6 +354,11 @@ class WorkersLog:
         commit, chain, snapshot = log.read(number)
         return _Held(commit.path, chain, snapshot)
 
+    def _base(self, first: _Held) -> history.Base:
+        """Read the base that worker 0 has kept."""
+        file = first.chain[-1].base
+        return history.read_base(first.path.parent, file.number, file.digest)
+
     def _prepare(self, found: _Found, state: Mapping[str, Any], deal: Deal | None) -> tuple[_Plan, history.Base]:
         """Read what this worker takes over and compare it with what is here; nothing is changed."""
         rank, workers, here = self._wire.rank, len(found.commits), self._wire.size
@@ -361,7 +367,7 @@ class WorkersLog:
         held = {worker: self._read(found.generation, worker, found.commits[worker]) for worker in sorted(wanted)}
         first, own = held[0], held[source]
         tuning, protocol = self._rounds.tuning, self._rounds.protocol
-        base = history.read_base(first.path.parent, first.chain[-1].base.number, first.chain[-1].base.digest)
+        base = self._base(first)
         check_base(base, tuning.model, tuning)
         check_buffers(own.snapshot, tuning.model, own.path)
         check_request(own.snapshot, self._optimizer, state, own.path)
