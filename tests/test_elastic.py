@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import fishmask
 from fishmask import FishError, LocalRounds, Mask
-from fishmask.elastic import WorkersLog
+from fishmask.elastic import WorkersLog, kept_mask
 from fishmask.merge import places_in, union_of
 from fishmask.protocol import Protocol
 from fishmask.regroup import check_dealt, deal_anew, mean_states, spread_owed
@@ -255,6 +255,31 @@ def test_masks_that_were_changed_come_back(teams: dict[int, Team], tmp_path: Pat
     assert union_of([now["resumed mask"] for now in others]) == others[0]["union"]
 
 
+def attach_with_kept(rank: int, size: int, path: str, settings: dict[str, Any]) -> Any:
+    mask = kept_mask(path)
+    if mask is None:
+        return None
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 3))
+    rounds = LocalRounds(fishmask.attach(model, mask), every=3, **settings)
+    with WorkersLog(path, rounds, policy="reset") as log:
+        log.restore()
+    return mask, rounds._union.mask, rounds.tuning.mask
+
+
+@pytest.mark.parametrize("name", ["shared", "own-sum"])
+def test_a_mask_need_not_be_chosen_again(teams: dict[int, Team], tmp_path: Path, name: str) -> None:
+    assert teams[2].run(attach_with_kept, str(tmp_path), SETTINGS[name]) == [None, None]
+    began = teams[2].run(begin, name, str(tmp_path), 6)
+    for was, (mask, _, restored) in zip(
+        began, teams[2].run(attach_with_kept, str(tmp_path), SETTINGS[name]), strict=True
+    ):
+        assert mask == restored == was["mask"]
+    for mask, union, _ in teams[3].run(attach_with_kept, str(tmp_path), SETTINGS[name]):
+        assert union == union_of([was["mask"] for was in began])
+        assert mask.k < union.k if name == "own-sum" else mask == union
+
+
 def killed_while_committing(rank: int, size: int, path: str, moment: str) -> None:
     """Have worker 1 die in its second commit, before or after its own part is durable."""
 
@@ -328,6 +353,10 @@ def test_from_four_to_two_to_three(teams: dict[int, Team], tmp_path: Path, name:
                 np.testing.assert_array_equal(now["anchor"].view("i4"), old[0]["anchor"].view("i4"))
             if rank < len(old):
                 np.testing.assert_array_equal(now["torch"], old[rank]["torch"])
+            if name == "shared-int8-diloco":  # what all owed to the mean
+                owed = sum(one["residual"]["own"] / len(old) + one["residual"]["merged"] for one in old)
+                np.testing.assert_allclose(now["residual"]["own"], owed, rtol=1e-4, atol=1e-9)
+                assert owed.any()
             if policy == "reset":
                 assert not now["moments"]
                 continue
@@ -467,6 +496,7 @@ def test_older_rounds_and_generations_go(teams: dict[int, Team], tmp_path: Path)
 def one_cannot_write(rank: int, size: int, path: str) -> list[str]:
     work = Work(rank, size, {})
     log = WorkersLog(path, work.rounds, work.optimizer, keep_last=1)
+    assert log.restore() is None
     work.train(3)
     blocked = Path(path) / "generation-00000001" / "worker-00001"
     if rank == 1:

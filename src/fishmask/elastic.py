@@ -6,14 +6,13 @@ groups never mix. ``docs/elastic.md`` is the guide.
 """
 
 import json
-import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,6 +20,7 @@ from fishmask import history
 from fishmask import rng as generators
 from fishmask.errors import FishError
 from fishmask.folder import Commit
+from fishmask.generations import ROUNDS, Found, Generations
 from fishmask.handshake import agree
 from fishmask.history import Problem, Segment, Snapshot
 from fishmask.log import CheckpointLog
@@ -42,7 +42,6 @@ from fishmask.rounds import LocalRounds
 from fishmask.wire import Wire
 
 _POLICIES = ("keep", "mean", "reset")
-_ROUNDS = "rounds"  # under which a commit's state holds that of the rounds
 
 
 @dataclass(frozen=True)
@@ -62,33 +61,6 @@ class Resumed:
     workers: int
     state: dict[str, Any]
     skipped: list[Problem]
-
-
-class _Found(NamedTuple):
-    """A round that all workers of a generation have kept."""
-
-    generation: int
-    commits: list[int]  # the number of each worker's commit
-
-
-class _Held(NamedTuple):
-    """What one worker has kept."""
-
-    path: Path
-    chain: list[Segment]
-    snapshot: Snapshot
-
-    @property
-    def mask(self) -> Mask:
-        return self.chain[-1].mask
-
-    @property
-    def rounds(self) -> dict[str, Any]:
-        return self.snapshot.state[_ROUNDS]["state"]  # type: ignore[no-any-return]
-
-    @property
-    def turn(self) -> int:
-        return int(self.snapshot.state[_ROUNDS]["turn"])
 
 
 class _Plan(NamedTuple):
@@ -148,6 +120,7 @@ class WorkersLog:
         if optimizer is not None:
             check_members(dict(rounds.tuning.named_parameters()), optimizer)
         self.path, self.policy = Path(path), policy
+        self._generations = Generations(self.path)
         self._rounds, self._optimizer, self._store_base, self._keep_last = rounds, optimizer, store_base, keep_last
         self._wire = Wire(rounds._wire.group)  # of its own: what goes over it is not counted as that of a round
         self._generation = 0  # that this group commits to; 0 before it is known
@@ -183,16 +156,16 @@ class WorkersLog:
             ValueError: ``state`` uses a name that is taken.
             OSError: This worker could not write. Earlier rounds are as they were, and the next call may try again.
         """
-        if state is not None and _ROUNDS in state:
-            raise ValueError(f"state={_ROUNDS!r} is where the state of the rounds goes: choose another name")
+        if state is not None and ROUNDS in state:
+            raise ValueError(f"state={ROUNDS!r} is where the state of the rounds goes: choose another name")
         present = self._rounds.state_dict()
         if self._generation == 0:
             self._generation = self._decide(self._first_generation)
         if self._log is None:
-            own = self._folder(self._generation, self._wire.rank)
+            own = self._generations.worker(self._generation, self._wire.rank)
             self._log = CheckpointLog(own, store_base=self._store_base and self._wire.rank == 0)
         self._turn += 1
-        held = {**(state or {}), _ROUNDS: {"turn": self._turn, "state": present}}
+        held = {**(state or {}), ROUNDS: {"turn": self._turn, "state": present}}
         made, error = None, None
         try:
             made = self._log.commit(self._rounds.tuning, self._optimizer, step=self._rounds.number, state=held)
@@ -208,7 +181,7 @@ class WorkersLog:
 
     def _first_generation(self) -> int:
         """Return the number of the first generation; there must be none yet."""
-        if found := self._generations():
+        if found := self._generations.numbers:
             raise FishError(
                 f"{self.path} holds {len(found)} generations of commits already: call restore first to go on from "
                 "there, or name another folder"
@@ -221,7 +194,7 @@ class WorkersLog:
 
         def look() -> None:
             paths = [
-                history.path_of(self._folder(self._generation, worker), "commit", number)
+                history.path_of(self._generations.worker(self._generation, worker), "commit", number)
                 for worker, number in enumerate(numbers)
             ]
             if missing := [str(path) for path in paths if not path.exists()]:
@@ -240,9 +213,7 @@ class WorkersLog:
         for number in set(log.numbers) - set(self._kept):  # also those that other workers could not write
             log.delete(number)
         if self._wire.rank == 0:
-            for generation in self._generations():
-                if generation < self._generation:
-                    shutil.rmtree(self._generation_folder(generation), ignore_errors=True)  # tried again next time
+            self._generations.forget(self._generation)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -270,12 +241,11 @@ class WorkersLog:
             HandshakeError: The workers were made with different arguments.
         """
         agree(self._wire, {"policy": self.policy, "keep_last": str(self._keep_last)})
-        decided = self._decide(self._find)
-        if decided["found"] is None:
-            self._begin(decided["next"])
+        following = self._decide(lambda: max(self._generations.numbers, default=0) + 1)
+        found, skipped = _newest(self._wire, self._generations)
+        if found is None:
+            self._begin(following)
             return None
-        found = _Found(*decided["found"])
-        skipped = [Problem(Path(path), reason) for path, reason in decided["skipped"]]
         workers, here = len(found.commits), self._wire.size
         if workers != here and self.policy == "keep":
             raise FishError(
@@ -301,73 +271,19 @@ class WorkersLog:
         self._rounds.load_state_dict(plan.rounds)
         self._rounds.handshake()
         generators.reinstate(plan.rng)
-        self._begin(decided["next"])
-        rest = {name: held for name, held in plan.snapshot.state.items() if name != _ROUNDS}
+        self._begin(following)
+        rest = {name: held for name, held in plan.snapshot.state.items() if name != ROUNDS}
         return Resumed(self._rounds.number, self._rounds.step, workers, rest, skipped)
 
-    def _find(self) -> dict[str, Any]:
-        """Find the newest round that all workers of one generation have, intact."""
-        generations, skipped = self._generations(), []
-        following = max(generations, default=0) + 1
-        for generation in reversed(generations):
-            first = CheckpointLog(self._folder(generation, 0))
-            for number in reversed(first.numbers):
-                commits, problem = self._complete(generation, number)
-                if problem is not None:
-                    skipped.append([str(problem.path), problem.reason])
-                elif commits:
-                    return {"found": [generation, commits], "next": following, "skipped": skipped}
-        if skipped:
-            told = ";\n  ".join(reason for _, reason in skipped)
-            raise FishError(f"{self.path} holds no round that all workers have kept and that is not damaged:\n  {told}")
-        return {"found": None, "next": following, "skipped": []}
-
-    def _complete(self, generation: int, number: int) -> tuple[list[int], Problem | None]:
-        """Return the commits of all workers that were made together with one of worker 0, or what is wrong.
-
-        Without a problem none are returned where a worker has not come to make its own.
-        """
-        commits, problem = [number], None
-        try:
-            first = self._read(generation, 0, number)
-            self._base(first)
-        except (FishError, OSError) as error:
-            return [], Problem(history.path_of(self._folder(generation, 0), "commit", number), str(error))
-        for worker in range(1, first.rounds["workers"]):
-            for other in reversed(CheckpointLog(self._folder(generation, worker)).numbers):
-                try:
-                    turn = self._read(generation, worker, other).turn
-                except (FishError, OSError) as error:
-                    path = history.path_of(self._folder(generation, worker), "commit", other)
-                    problem = problem or Problem(path, str(error))
-                    continue
-                if turn == first.turn:
-                    commits.append(other)
-                if turn <= first.turn:
-                    break
-            if len(commits) == worker:
-                return [], problem
-        return commits, None
-
-    def _read(self, generation: int, worker: int, number: int) -> _Held:
-        log = CheckpointLog(self._folder(generation, worker))
-        commit, chain, snapshot = log.read(number)
-        return _Held(commit.path, chain, snapshot)
-
-    def _base(self, first: _Held) -> history.Base:
-        """Read the base that worker 0 has kept."""
-        file = first.chain[-1].base
-        return history.read_base(first.path.parent, file.number, file.digest)
-
-    def _prepare(self, found: _Found, state: Mapping[str, Any], deal: Deal | None) -> tuple[_Plan, history.Base]:
+    def _prepare(self, found: Found, state: Mapping[str, Any], deal: Deal | None) -> tuple[_Plan, history.Base]:
         """Read what this worker takes over and compare it with what is here; nothing is changed."""
         rank, workers, here = self._wire.rank, len(found.commits), self._wire.size
         source = rank if rank < workers else 0
-        wanted = {0, source} if workers == here else set(range(workers))
-        held = {worker: self._read(found.generation, worker, found.commits[worker]) for worker in sorted(wanted)}
+        wanted = sorted({0, source} if workers == here else range(workers))
+        held = {worker: self._generations.read(found.generation, worker, found.commits[worker]) for worker in wanted}
         first, own = held[0], held[source]
         tuning, protocol = self._rounds.tuning, self._rounds.protocol
-        base = self._base(first)
+        base = first.base()
         check_base(base, tuning.model, tuning)
         check_buffers(own.snapshot, tuning.model, own.path)
         check_request(own.snapshot, self._optimizer, state, own.path)
@@ -427,30 +343,8 @@ class WorkersLog:
         self.close()
         self._log, self._generation, self._turn, self._kept = None, generation, 0, []
 
-    def _generation_folder(self, generation: int) -> Path:
-        return self.path / f"generation-{generation:08d}"
-
-    def _folder(self, generation: int, worker: int) -> Path:
-        return self._generation_folder(generation) / f"worker-{worker:05d}"
-
-    def _generations(self) -> list[int]:
-        """Return the numbers of all generations, ascending."""
-        found = self.path.iterdir() if self.path.is_dir() else ()
-        matches = (re.fullmatch(r"generation-(\d{8,})", path.name) for path in found)
-        return sorted(int(match[1]) for match in matches if match)
-
     def _decide(self, work: Callable[[], Any]) -> Any:
-        """Have rank 0 find something out and tell all; where it fails, all of them raise."""
-        told: dict[str, Any] = {}
-        if self._wire.rank == 0:
-            try:
-                told = {"answer": work()}
-            except Exception as error:  # whatever it is, the others are waiting
-                told = {"error": f"{error}"}
-        told = json.loads(self._wire.gather_bytes(json.dumps(told).encode())[0])
-        if "error" in told:
-            raise FishError(told["error"])
-        return told["answer"]
+        return _decide(self._wire, work)
 
     def _together(self, error: Exception | None, what: str) -> None:
         """Raise on all workers when one has an error: its own there, a ``FishError`` that names it on the others."""
@@ -460,3 +354,55 @@ class WorkersLog:
             raise error
         if failed := [f"rank {rank}: {one}" for rank, one in enumerate(texts) if one]:
             raise FishError(f"{what}; {'; '.join(failed)}")
+
+
+def kept_mask(path: str | PathLike[str], group: dist.ProcessGroup | None = None) -> Mask | None:
+    """Return a mask to attach with before a restore, so that a script that resumes need not choose one again.
+
+    All workers call it together. With another number of workers and masks of their own, it is a part of the union that
+    a restore deals anew.
+
+    Args:
+        path: The folder of a ``WorkersLog``.
+        group: The process group; by default that of all workers.
+
+    Returns:
+        The mask of this worker; None when nothing has been kept yet.
+
+    Raises:
+        FishError: Every kept round is damaged.
+    """
+    wire, generations = Wire(group), Generations(Path(path))
+    found, _ = _newest(wire, generations)
+    if found is None:
+        return None
+    held = [generations.read(found.generation, rank, number) for rank, number in enumerate(found.commits)]
+    if len(held) == wire.size:
+        return held[wire.rank].mask
+    shared = held[0].rounds["anchor"] is None
+    return held[0].mask if shared else union_of([one.mask for one in held]).split(wire.size)[wire.rank]
+
+
+def _newest(wire: Wire, generations: Generations) -> tuple[Found | None, list[Problem]]:
+    """Return on all workers what rank 0 finds."""
+
+    def find() -> Any:
+        found, skipped = generations.newest()
+        return found, [(str(path), reason) for path, reason in skipped]
+
+    found, skipped = _decide(wire, find)
+    return found and Found(*found), [Problem(Path(path), reason) for path, reason in skipped]
+
+
+def _decide(wire: Wire, work: Callable[[], Any]) -> Any:
+    """Have rank 0 find something out that JSON can hold, and tell all; where it fails, all of them raise."""
+    told: dict[str, Any] = {}
+    if wire.rank == 0:
+        try:
+            told = {"answer": work()}
+        except Exception as error:  # whatever it is, the others are waiting
+            told = {"error": f"{error}"}
+    told = json.loads(wire.gather_bytes(json.dumps(told).encode())[0])
+    if "error" in told:
+        raise FishError(told["error"])
+    return told["answer"]
