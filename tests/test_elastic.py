@@ -417,6 +417,22 @@ def test_dealt_masks_must_have_the_union() -> None:
         deal_anew(Mask.from_indices({"w": [1, 2]}).split(2), 3, Protocol(1, masks="own", reduction="sum"))
 
 
+def test_a_mean_is_over_those_that_have_it() -> None:
+    masks = [
+        Mask.from_indices({"w": [1, 2]}),
+        Mask.from_indices({"w": [2, 5]}),
+        Mask.from_indices({"w": [2], "v": [0]}),
+    ]
+    states = [
+        {"w": {"exp_avg": torch.tensor([1.0, 2.0]), "step": torch.tensor(3.0), "momentum_buffer": None, "lr": 0.5}},
+        {"w": {"exp_avg": torch.tensor([4.0, 8.0]), "step": torch.tensor(7.0), "momentum_buffer": None, "lr": 0.25}},
+        {"w": {}, "v": {}},  # has not taken a step yet
+    ]
+    mean = mean_states(masks, states, Mask.from_indices({"w": [1, 2, 4, 5], "v": [0]}))
+    assert mean["w"].pop("exp_avg").tolist() == [1.0, 3.0, 0.0, 8.0]
+    assert mean == {"w": {"step": torch.tensor(7.0), "momentum_buffer": None, "lr": 0.5}, "v": {}}
+
+
 def test_state_that_has_no_mean_is_refused() -> None:
     mask = Mask.from_indices({"w": [1, 2]})
     history = [{"w": {"old_dirs": [torch.ones(2)]}}] * 2

@@ -245,23 +245,47 @@ def test_a_member_that_missed_a_round_is_given_it(team: Team) -> None:
             np.testing.assert_array_equal(found[name], weight)
 
 
-def test_a_state_of_something_else_is_refused() -> None:
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        tuning, _ = prepared()
-        rounds = ManagedRounds(tuning, GroupManager(), every=4)
-        other = ManagedRounds(prepared(mask=2)[0], GroupManager(), every=4).state_dict()
-        before = weights(tuning)
-        with pytest.raises(HandshakeError, match=r"does not train what the others do: mask differs"):
-            rounds.load_state_dict(other)
-        for name, weight in weights(tuning).items():
-            np.testing.assert_array_equal(weight, before[name])
-        tuning.set_mask(Mask.random(tuning.model, 0.2, seed=5))
-        with pytest.raises(FishError, match="train one mask throughout"):
-            rounds.round()
-    finally:
-        dist.destroy_process_group()
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_state_of_something_else_is_refused(alone: None) -> None:
+    tuning, _ = prepared()
+    rounds = ManagedRounds(tuning, GroupManager(), every=4)
+    other = ManagedRounds(prepared(mask=2)[0], GroupManager(), every=4).state_dict()
+    before = weights(tuning)
+    with pytest.raises(HandshakeError, match=r"does not train what the others do: mask differs"):
+        rounds.load_state_dict(other)
+    for name, weight in weights(tuning).items():
+        np.testing.assert_array_equal(weight, before[name])
+    tuning.set_mask(Mask.random(tuning.model, 0.2, seed=5))
+    with pytest.raises(FishError, match="train one mask throughout"):
+        rounds.round()
+
+
+def test_a_checkpoint_log_keeps_it(alone: None, tmp_path: Path) -> None:
+    def start() -> tuple[fishmask.Tuning, torch.optim.Optimizer, ManagedRounds]:
+        tuning, optimizer = prepared()
+        return tuning, optimizer, ManagedRounds(tuning, GroupManager(), every=4, outer=DILOCO)
+
+    tuning, optimizer, rounds = start()
+    train(tuning, optimizer, 0, 4)
+    with fishmask.CheckpointLog(tmp_path) as log:
+        log.commit(tuning, optimizer, state={"rounds": rounds})
+    train(tuning, optimizer, 1, 4)
+    wanted = weights(tuning), rounds.number
+    tuning, optimizer, rounds = start()
+    with fishmask.CheckpointLog(tmp_path) as log:
+        log.restore(tuning, optimizer, state={"rounds": rounds})
+    assert rounds.number == 1
+    train(tuning, optimizer, 1, 4)
+    assert rounds.number == wanted[1]
+    for name, weight in weights(tuning).items():
+        np.testing.assert_array_equal(weight, wanted[0][name])
 
 
 def test_misuse_is_told() -> None:

@@ -349,9 +349,11 @@ class WorkersLog:
     def _together(self, error: Exception | None, what: str) -> None:
         """Raise on all workers when one has an error: its own there, a ``FishError`` that names it on the others."""
         text = "" if error is None else f"{type(error).__name__}: {error}"
-        texts = [one.decode() for one in self._wire.gather_bytes(text.encode())]
-        if error is not None:
-            raise error
+        try:
+            texts = [one.decode() for one in self._wire.gather_bytes(text.encode())]
+        finally:
+            if error is not None:
+                raise error
         if failed := [f"rank {rank}: {one}" for rank, one in enumerate(texts) if one]:
             raise FishError(f"{what}; {'; '.join(failed)}")
 
