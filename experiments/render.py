@@ -17,6 +17,7 @@ from typing import Any
 
 from experiments.cifar10 import table as cifar10_table
 from experiments.distributed_cifar10 import table as distributed_cifar10_table
+from experiments.distributed_glue import table as distributed_glue_table
 from fishmask.demo import COLUMNS, RECIPES, TITLES, caption, row
 from fishmask.recipe import recipe_from
 from fishmask.tables import costs_table, differences_table, layers_table, methods_table, search_table
@@ -190,6 +191,11 @@ def distributed_cifar10() -> str:
     return f"{distributed_cifar10_table('reduced')}\n\n{machine(records('distributed_cifar10')[-1])}"
 
 
+def distributed_glue() -> str:
+    """Return the training of several workers on GLUE in small: a table for each task and number of workers."""
+    return f"{distributed_glue_table('reduced')}\n\n{machine(records('distributed_glue')[-1])}"
+
+
 def recipe() -> str:
     """Return the search for a recipe: one row per mask, the validation quality at its best rate."""
     lines = latest(
@@ -254,6 +260,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "commits": ("checkpoints", commits),
     "cifar10": ("cifar10", cifar10),
     "distributed-cifar10": ("distributed_cifar10", distributed_cifar10),
+    "distributed-glue": ("distributed_glue", distributed_glue),
     "recipe": ("recipe", recipe),
     "claims": ("glue_ablation", ablation),
     "glue": ("glue", glue(lambda lines: methods_table(lines, 0.005))),
