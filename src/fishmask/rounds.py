@@ -285,7 +285,8 @@ class LocalRounds:
         Args:
             mask: The new mask of this worker.
             optimizer: The optimizer of the present values; its state is carried over, as ``Tuning.set_mask`` does. So
-                is that of the outer optimizer, and what low precision has left over.
+                is that of the outer optimizer, and what low precision has left over (not where an entry leaves a mask
+                of the worker's own).
 
         Raises:
             HandshakeError: The workers' masks are not alike, or one of them cannot take its mask.
