@@ -26,7 +26,8 @@ from torch import Tensor
 from fishmask.wire import Wire
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "fishmask", "tests.team"])
+# torch.optim imports torch._dynamo with its first optimizer, for seconds: once here and not in every worker.
+_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "fishmask", "tests.team"])
 PATIENCE = 60.0  # seconds; more than any job takes
 
 
