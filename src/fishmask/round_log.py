@@ -1,12 +1,15 @@
 """The log of a distributed training: a JSON line when it begins, and one for every round."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fishmask.errors import FishError
+
+# What the line of a start says that a summary is made of.
+_START = {"workers": int, "entries": int, "of": int, "dense_bytes": int, "every": int, "masks": str}
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,24 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """
     try:
         records: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        known = bool(records) and "rounds" in records[0] and all("rounds" in r or "digest" in r for r in records)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise FishError(f"{path} is no log of rounds: {error}") from error
-    if not known:
+    if not records or not _is_start(records[0]):
         raise FishError(f"{path} is no log of rounds: LocalRounds(log=...) writes one")
+    for number, record in enumerate(records, start=1):
+        if not _is_start(record) and not _is_round(record):
+            raise FishError(f"{path} is no log of rounds: line {number} is neither a start nor a round")
     return records
+
+
+def _is_start(record: Any) -> bool:
+    facts = record.get("rounds") if isinstance(record, dict) else None
+    return isinstance(facts, dict) and all(isinstance(facts.get(name), kind) for name, kind in _START.items())
+
+
+def _is_round(record: Any) -> bool:
+    kinds = {item.name: (int, float) if item.type is float else item.type for item in fields(Round)}
+    return isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())  # type: ignore[arg-type]
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
