@@ -546,6 +546,25 @@ def go_on_plainly(rank: int, size: int, path: str) -> int:
         return log.restore().number
 
 
+def finish_apart(rank: int, size: int, path: str) -> str:
+    """Commit every round, with fewer steps on one worker; return the error."""
+    work = Work(rank, size, {})
+    try:
+        with work.rounds, WorkersLog(path, work.rounds, work.optimizer) as log:
+            work.train(5 if rank == 1 else 9, log)
+    except FishError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_commit_that_not_all_come_to_is_told_to_all(teams: dict[int, Team], tmp_path: Path) -> None:
+    first, second = teams[2].run(finish_apart, str(tmp_path))
+    assert first.startswith("HandshakeError: ")
+    assert "rank 1: has come to a round instead" in first
+    assert second.startswith("RoundError: round 3 failed")
+    assert teams[2].run(go_on_plainly, str(tmp_path)) == [1, 1]
+
+
 def misuse(rank: int, size: int, path: str) -> dict[str, str]:
     work = Work(rank, size, {})
     told: dict[str, str] = {}

@@ -153,12 +153,15 @@ class WorkersLog:
         Raises:
             FishError: There are steps that have not been exchanged; another worker could not write; the folder is not
                 the same for all; or it holds an earlier training and nothing was restored.
+            HandshakeError: Not all workers have come to commit; one that has finished is in its last round.
             ValueError: ``state`` uses a name that is taken.
             OSError: This worker could not write. Earlier rounds are as they were, and the next call may try again.
         """
         if state is not None and ROUNDS in state:
             raise ValueError(f"state={ROUNDS!r} is where the state of the rounds goes: choose another name")
         present = self._rounds.state_dict()
+        # One that has fewer steps may be in a round of the others already, which knows no other messages.
+        agree(self._wire, {"round to keep": str(self._rounds.number)})
         if self._generation == 0:
             self._generation = self._decide(self._first_generation)
         if self._log is None:
