@@ -344,13 +344,16 @@ def measure(workers: Workers, method: str) -> tuple[list[float], list[Sent]]:
     return seconds, sent
 
 
-def run(name: str, size: int, rates: list[int], longest: float, apart: bool) -> Iterator[dict[str, Any]]:
-    """Measure all methods on one model with so many workers; yield a record for each and each link."""
+def run(
+    name: str, size: int, methods: list[str], rates: list[int], longest: float, apart: bool
+) -> Iterator[dict[str, Any]]:
+    """Measure methods on one model with so many workers; yield a record for each and each link."""
     mask = make_mask(name)
     links = [LOOPBACK, *(Link(rate, ETHERNET) for rate in rates if apart)]
     about = {"benchmark": "exchange", "model": name, "n": mask.n, "k": mask.k, "density": DENSITY, "workers": size}
     with Workers(size, apart=apart, preload=PRELOAD) as workers:
-        for method, way in WAYS.items():
+        for method in methods:
+            way = WAYS[method]
             workers.all(prepare, name, way)
             entries = {"all": mask.n, "masked": mask.k, "union": make_mask(name, size).k}[way.merged]
             least = None if way.width is None else 2 * (size - 1) / size * entries * way.width
@@ -459,6 +462,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=tuple(SHAPES), default=["minilm", "large"], help="tiny: a check")
     parser.add_argument("--workers", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--methods", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="besides ours and DDP")
     parser.add_argument("--rates", nargs="*", type=int, default=[100, 10], help="Mbit/s of each worker's cable")
     parser.add_argument(
         "--longest", type=float, default=60.0, help="seconds of one exchange above which it is computed and not run"
@@ -470,6 +474,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     console = Console(width=170)
+    methods = [method for method in WAYS if method in (OURS, DDP, *args.methods)]
     apart = not args.loopback and able()
     if apart:
         isolate()
@@ -479,7 +484,7 @@ def main() -> None:
         )
     for name in args.models:
         for size in args.workers:
-            lines = list(run(name, size, args.rates, args.longest, apart))
+            lines = list(run(name, size, methods, args.rates, args.longest, apart))
             console.print(show(lines))
             for verdict in verdicts(lines):
                 console.print(verdict, highlight=False, soft_wrap=True)
