@@ -1,7 +1,5 @@
 """An attached model under DistributedDataParallel on real processes: what its gradient is, and what it moves."""
 
-import copy
-import math
 import re
 import sys
 from collections.abc import Iterator
@@ -11,21 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 import fishmask
 from fishmask import Mask
 from fishmask.data_parallel import Replica
-from tests.cases import case
+from tests.replicas import assert_close, gradients, loss_of, moved, prepared, reference, share, trained_alone
 from tests.team import Team, WorkerFailed
 
 SIZES = (2, 3)
-B = 4  # examples of a worker
 # Linear and LayerNorm; convolution and BatchNorm; constant buffers; Conv1D and tied weights; attention's bare weights.
 NAMES = ("sequence", "conv", "bert", "gpt2", "torch-encoder")
 GENERAL = {"conv", "torch-encoder"}  # have parameters on the general path
@@ -42,44 +38,10 @@ def teams() -> Iterator[dict[int, Team]]:
 # --- what the workers do ----------------------------------------------------------------------------------------------
 
 
-def prepared(name: str) -> tuple[nn.Module, Mask]:
-    model = case(name).make()
-    for module in model.modules():
-        module.train(isinstance(module, nn.BatchNorm2d))  # statistics of the batch, but no dropout
-    return model, Mask.random(model, 0.3, seed=1)
-
-
-def share(name: str, step: int, rank: int, size: int) -> Any:
-    """Return a worker's part of a batch; that of one worker of one is all of it."""
-    whole = case(name).batch(B * max(SIZES) * 2, step)
-    cut = slice(rank * B, rank * B + B) if size else slice(None)
-    return {k: v[cut] for k, v in whole.items()} if isinstance(whole, dict) else tuple(v[cut] for v in whole)
-
-
-def loss_of(model: nn.Module, batch: Any) -> Tensor:
-    if isinstance(batch, dict):
-        return model(**batch).loss
-    inputs = batch[0].to(next(model.parameters()).dtype) if batch[0].is_floating_point() else batch[0]
-    return F.cross_entropy(model(inputs).flatten(0, -2), batch[1].flatten())
-
-
 def wrapped(name: str, **settings: Any) -> tuple[fishmask.Tuning, DistributedDataParallel]:
     model, mask = prepared(name)
     tuning = fishmask.attach(model, mask)
     return tuning, DistributedDataParallel(Replica(tuning), **settings)
-
-
-def gradients(tuning: fishmask.Tuning) -> dict[str, np.ndarray]:
-    return {name: values.grad.numpy().copy() for name, values in tuning.named_parameters()}
-
-
-def moved(events: Any) -> dict[str, list[int]]:
-    """Return how many elements every collective of gloo took, from a profile."""
-    found: dict[str, list[int]] = {}
-    for event in events:
-        if event.name.startswith("gloo:"):
-            found.setdefault(event.name, []).append(sum(math.prod(shape) for shape in event.input_shapes))
-    return found
 
 
 def step_gradients(rank: int, size: int, name: str, settings: dict[str, Any], steps: int) -> Any:
@@ -91,26 +53,9 @@ def step_gradients(rank: int, size: int, name: str, settings: dict[str, Any], st
         for values in tuning.parameters():
             values.grad = None
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as log:
-            loss_of(ddp, share(name, step, rank, size)).backward()
+            loss_of(ddp, share(name, step, rank)).backward()
         collectives.append(moved(log.events()))
     return gradients(tuning), collectives, tuning.mask.k, tuning.general
-
-
-def reference(name: str, size: int, step: int) -> dict[str, np.ndarray]:
-    """Return the masked entries of dense gradients in float64, from PyTorch alone, in one process."""
-    model, mask = prepared(name)
-    model = copy.deepcopy(model).double()
-    losses = [loss_of(model, share(name, step, rank, size)) for rank in range(size)]
-    (sum(losses) / size).backward()
-    return {n: model.get_parameter(n).grad.flatten()[i].numpy() for n, i in mask.indices.items()}
-
-
-def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
-    assert found.keys() == wanted.keys()
-    largest = max(np.abs(g).max() for g in wanted.values())
-    assert largest > 1e-3
-    for name, gradient in wanted.items():
-        np.testing.assert_allclose(found[name], gradient, rtol=2e-4, atol=2e-6 * largest, err_msg=name)
 
 
 # --- the gradient, and what it costs ----------------------------------------------------------------------------------
@@ -137,11 +82,11 @@ def test_the_gradient_is_that_of_all_examples_and_moves_k_values(teams: dict[int
 def exact_parts(rank: int, size: int) -> Any:
     tuning, ddp = wrapped("sequence")
     with ddp.no_sync():
-        loss_of(ddp, share("sequence", 0, rank, size)).backward()
+        loss_of(ddp, share("sequence", 0, rank)).backward()
     own = gradients(tuning)
     for values in tuning.parameters():
         values.grad = None
-    loss_of(ddp, share("sequence", 0, rank, size)).backward()
+    loss_of(ddp, share("sequence", 0, rank)).backward()
     return own, gradients(tuning)
 
 
@@ -159,7 +104,7 @@ def test_the_mean_over_workers_is_the_gradient_of_the_concatenated_batch() -> No
     for name in ("sequence", "bert", "gpt2", "torch-encoder"):
         model, mask = prepared(name)
         model = model.double()
-        parts = [share(name, 0, rank, 3) for rank in range(3)]
+        parts = [share(name, 0, rank) for rank in range(3)]
         if isinstance(parts[0], dict):
             whole: Any = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         else:
@@ -234,30 +179,14 @@ def train(rank: int, size: int, name: str, hook: str | None) -> Any:
     norms = []
     for step in range(3):
         with ddp.no_sync():
-            loss_of(ddp, share(name, 2 * step, rank, size)).backward()
-        loss_of(ddp, share(name, 2 * step + 1, rank, size)).backward()
+            loss_of(ddp, share(name, 2 * step, rank)).backward()
+        loss_of(ddp, share(name, 2 * step + 1, rank)).backward()
         norms.append(float(nn.utils.clip_grad_norm_(tuning.parameters(), 0.1)))
         optimizer.step()
         optimizer.zero_grad()
     ddp.eval()
     weights = {n: t.numpy().copy() for n, t in tuning.model.state_dict().items()}
     return weights, norms, sorted(ddp.state_dict()), tuning.delta().mask.k
-
-
-def trained_alone(name: str, size: int) -> tuple[dict[str, np.ndarray], list[float]]:
-    """The same in one process, over the parts of the batch one after the other."""
-    model, mask = prepared(name)
-    tuning = fishmask.attach(model, mask)
-    optimizer = torch.optim.SGD(tuning.parameters(), lr=0.5, momentum=0.9)
-    norms = []
-    for step in range(3):
-        for part in (2 * step, 2 * step + 1):
-            for rank in range(size):
-                (loss_of(model, share(name, part, rank, size)) / size).backward()
-        norms.append(float(nn.utils.clip_grad_norm_(tuning.parameters(), 0.1)))
-        optimizer.step()
-        optimizer.zero_grad()
-    return {n: p.detach().numpy() for n, p in model.named_parameters()}, norms
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -288,17 +217,17 @@ def test_workers_stay_equal_and_frozen_entries_stay_as_they_are(teams: dict[int,
 def statistics(rank: int, size: int, settings: dict[str, Any]) -> Any:
     tuning, ddp = wrapped("conv", **settings)
     for step in range(2):
-        ddp(share("conv", step, rank, size)[0])
+        ddp(share("conv", step, rank)[0])
     ddp.eval()
     before = {name: b.numpy().copy() for name, b in tuning.model.named_buffers()}
-    ddp(share("conv", 2, rank, size)[0])
+    ddp(share("conv", 2, rank)[0])
     return before, {name: b.numpy().copy() for name, b in tuning.model.named_buffers()}
 
 
 def test_statistics_of_batch_norm_are_those_of_rank_0(teams: dict[int, Team]) -> None:
     model, _ = prepared("conv")
     for step in range(2):
-        model(share("conv", step, 0, 2)[0])
+        model(share("conv", step, 0)[0])
     wanted = {name: b.numpy() for name, b in model.named_buffers()}
     (own, synced), (other_own, other_synced) = teams[2].run(statistics, {})
     for name, buffer in wanted.items():
@@ -337,7 +266,7 @@ def message_of(rank: int, size: int, fault: str) -> str:
     if fault == "mask" and rank == 1:
         mask = Mask.random(model, 0.3, seed=2)
     tuning = fishmask.attach(model, mask)
-    x = share("conv", 0, rank, size)[0]
+    x = share("conv", 0, rank)[0]
     try:
         if fault == "bare":
             DistributedDataParallel(model)(x)
@@ -378,7 +307,7 @@ def after_set_mask(rank: int, size: int) -> Any:
     mask = Mask.random(tuning.model, 0.2, seed=5)
     tuning.set_mask(mask)
     ddp = DistributedDataParallel(Replica(tuning))
-    loss_of(ddp, share("sequence", 0, rank, size)).backward()
+    loss_of(ddp, share("sequence", 0, rank)).backward()
     return gradients(tuning)
 
 
@@ -386,7 +315,7 @@ def test_another_mask_takes_another_replica(teams: dict[int, Team]) -> None:
     model, _ = prepared("sequence")
     mask = Mask.random(model, 0.2, seed=5)
     model = model.double()
-    losses = [loss_of(model, share("sequence", 0, rank, 2)) for rank in range(2)]
+    losses = [loss_of(model, share("sequence", 0, rank)) for rank in range(2)]
     (sum(losses) / 2).backward()
     wanted = {n: model.get_parameter(n).grad.flatten()[i].numpy() for n, i in mask.indices.items()}
     for found in teams[2].run(after_set_mask):
@@ -396,7 +325,7 @@ def test_another_mask_takes_another_replica(teams: dict[int, Team]) -> None:
 def test_a_single_process_needs_no_group() -> None:
     model, mask = prepared("gpt2")
     tuning = fishmask.attach(model, mask)
-    loss_of(Replica(tuning), share("gpt2", 0, 0, 1)).backward()
+    loss_of(Replica(tuning), share("gpt2", 0, 0)).backward()
     assert_close(gradients(tuning), reference("gpt2", 1, 0))
     with pytest.raises(TypeError, match="takes the Tuning"):
         Replica(model)

@@ -22,9 +22,11 @@ from torch.utils.hooks import RemovableHandle
 
 from fishmask.carry import carried, carry_optimizer, check_carriable, refuse_retired, retire
 from fishmask.errors import FishError
+from fishmask.handshake import agree
 from fishmask.mask import Mask
 from fishmask.originals import Originals
 from fishmask.params import aliases, canonical_parameters, put, take
+from fishmask.sharded import Part, Shards, is_sharded
 from fishmask.sites import DenseGradient, Entry, Hook, Site, hook_input_embeddings, site_for
 from fishmask.watch import Watch
 
@@ -84,15 +86,15 @@ class Tuning:
     """
 
     def __init__(self, model: nn.Module, mask: Mask) -> None:
-        parameters = canonical_parameters(model)
-        mask = _fitting(mask, model, parameters)
         if is_attached(model):
             raise FishError(
                 "this model is attached already: call set_mask() on its Tuning to train other entries, "
                 "or detach() or revert() it first"
             )
+        self._shards = Shards.of(model)
+        parameters = canonical_parameters(model)
+        mask = self.mask = self._agreed(mask, model)
         self.model = model
-        self.mask = mask
         self.loads = 0
         self._attached = True
         self._entries: dict[str, Entry] = {}
@@ -137,8 +139,15 @@ class Tuning:
         """Names of the parameters whose gradient autograd makes whole, because their use is not known."""
         return tuple(self._general)
 
+    @property
+    def shards(self) -> Shards | None:
+        """How FSDP2 has spread the model, or None."""
+        return self._shards
+
     def settled_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the model's floating-point parameters by canonical name; those that FSDP2 has gathered are put back first."""
+        """Return the model's floating-point parameters by canonical name, as shards where FSDP2 has gathered some."""
+        if self._shards is not None:
+            self._shards.settle()
         return canonical_parameters(self.model)
 
     # --- the values ---------------------------------------------------------------------------------------------------
@@ -163,14 +172,16 @@ class Tuning:
         Every step of a ``torch.optim`` optimizer and every forward of the model does so by itself. Call it only after
         a change that PyTorch does not count as one (through ``.data``).
         """
+        if self._shards is not None:
+            self._shards.settle()
         for entry in self._entries.values():
-            put(entry.weight, entry.indices, entry.values.detach().to(entry.weight.dtype))
+            entry.write()
         self._written = self._version()
 
     @torch.no_grad()
     def read_back(self) -> None:
         """Read the values from the model's weights; ``load_state_dict`` on the model does so by itself."""
-        parameters = canonical_parameters(self.model)
+        parameters = self.settled_parameters()
         for name, entry in self._entries.items():
             if parameters[name] is not entry.weight:  # load_state_dict(assign=True) brings a new parameter
                 entry.weight = parameters[name]
@@ -202,7 +213,7 @@ class Tuning:
             ValueError: Some are, or the mask does not fit the model.
         """
         self._check_attached()
-        parameters = canonical_parameters(self.model)
+        parameters = self.settled_parameters()
         mask = mask if mask.k == 0 else _fitting(mask, self.model, parameters)
         if both := (mask & self.mask).k:
             raise ValueError(f"{both} of these {mask.k} entries are in the mask, so they are trained here")
@@ -213,7 +224,7 @@ class Tuning:
     @torch.no_grad()
     def write_adopted(self, values: Tensor) -> None:
         """Write the values of all adopted entries into the weights: a vector in the order of their mask."""
-        parameters = canonical_parameters(self.model)
+        parameters = self.settled_parameters()
         parts = values.split([len(indices) for indices in self._adopted.values()])
         for (name, indices), part in zip(self._adopted.items(), parts, strict=True):
             put(parameters[name], indices, part.to(parameters[name].dtype))
@@ -223,7 +234,7 @@ class Tuning:
     def check_mask(self, mask: Mask, optimizer: Optimizer | None = None) -> Mask:
         """Return a mask under canonical names and with the model's shapes, or raise what ``set_mask`` would."""
         self._check_attached()
-        fitting = _fitting(mask, self.model, canonical_parameters(self.model))
+        fitting = self._agreed(mask, self.model)
         if optimizer is not None:
             check_carriable(optimizer, self.parameters())
         return fitting
@@ -274,6 +285,7 @@ class Tuning:
     @torch.no_grad()
     def revert(self) -> None:
         """Restore the base bit for bit, also after ``detach``: entries ever masked, and buffers changed by training."""
+        self.settled_parameters()
         self.originals.check(self.model)
         if self._attached:
             self.detach()
@@ -290,9 +302,9 @@ class Tuning:
 
         if self._attached:
             self.write_back()
+        parameters = self.settled_parameters()
         self.originals.check(self.model)
         touched = Mask.from_indices(self.originals.indices, shapes=self.model)
-        parameters = canonical_parameters(self.model)
         values = {name: take(parameters[name], indices) for name, indices in touched.indices.items()}
         config = getattr(self.model, "config", None)
         return Delta(
@@ -315,6 +327,7 @@ class Tuning:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._shards = Shards.of(self.model)
         entries = self._entries.values()
         self._flat = torch.cat([entry.values.detach() for entry in entries])
         for entry, values in zip(entries, self._flat.split([len(e.indices) for e in entries]), strict=True):
@@ -330,6 +343,20 @@ class Tuning:
         if not self._attached:
             raise FishError("this Tuning is no longer attached to its model: call fishmask.attach(model, mask) again")
 
+    def _agreed(self, mask: Mask, model: nn.Module) -> Mask:
+        """Return ``_fitting``'s mask, or raise its error, once all ranks of a sharded model have come to the same."""
+        if self._shards is None:
+            return _fitting(mask, model, canonical_parameters(model))
+        self._shards.settle()
+        try:
+            fitting, found = _fitting(mask, model, canonical_parameters(model)), None
+        except ValueError as error:
+            fitting, found = mask, error
+        agree(self._shards.wire, {"mask": fitting.digest if found is None else str(found)})
+        if found is not None:
+            raise found
+        return fitting
+
     def _version(self) -> int:
         """Return a number that grows with every in-place change of the values."""
         return self._flat._version + sum(entry.values._version for entry in self._entries.values())
@@ -342,13 +369,13 @@ class Tuning:
     @torch.no_grad()
     def _lay_out(self, mask: Mask) -> None:
         """Make the values of ``mask`` from the present weights, and hook the places where their gradient is taken."""
-        parameters = canonical_parameters(self.model)
+        parameters = self.settled_parameters()
         device = parameters[next(iter(mask.indices))].device
         indices = {name: index.to(device) for name, index in mask.indices.items()}
         self._flat = torch.cat([take(parameters[name], index).float() for name, index in indices.items()])
         values = self._flat.split([len(index) for index in indices.values()])
         self._entries = {
-            name: Entry(parameters[name], index, nn.Parameter(part))
+            name: Entry(parameters[name], index, nn.Parameter(part), _part(parameters[name], index))
             for (name, index), part in zip(indices.items(), values, strict=True)
         }
         self._written = self._version()
@@ -372,18 +399,26 @@ class Tuning:
             self._sites.append(site)
             # First of all hooks: it must see the module's own output.
             self._site_handles.append(module.register_forward_hook(site, prepend=True, with_kwargs=True))
-            self._site_handles += self._watch.own(module, [self._entries[name].weight for name in owned.values()])
+            self._site_handles += self._watch.own(module, [self._used(name) for name in owned.values()])
         for name in dict.fromkeys(general):
             self._generalise(name)
 
     def _generalise(self, name: str) -> None:
         """Put a parameter on the general path: autograd makes its dense gradient, a hook gathers and drops it."""
-        entry = self._entries[name]
+        entry, used = self._entries[name], self._used(name)
         for site in self._sites:
             site.drop(entry.values)
-        entry.weight.grad = None  # one from before attaching would be added to the next
-        entry.weight.requires_grad_(True)
-        self._general[name] = entry.weight.register_post_accumulate_grad_hook(DenseGradient(entry))
+        if name in self._general:
+            self._general[name].remove()
+        for weight in (entry.weight, used):
+            weight.grad = None  # one from before attaching would be added to the next
+            weight.requires_grad_(True)
+        self._general[name] = used.register_post_accumulate_grad_hook(DenseGradient(entry))
+
+    def _used(self, name: str) -> nn.Parameter:
+        """Return what the layers use for a masked parameter."""
+        weight = self._entries[name].weight
+        return weight if self._shards is None else self._shards.whole.get(name, weight)
 
     def _unhook(self) -> None:
         self._watch.stop(altogether=True)
@@ -398,7 +433,7 @@ class Tuning:
         self._unhook()
         for handle in self._handles:
             handle.remove()
-        for name, p in canonical_parameters(self.model).items():
+        for name, p in self.settled_parameters().items():
             p.requires_grad_(self._required_grad.get(name, p.requires_grad))
         self._attached = False
         self._step_hooks.clear()
@@ -408,6 +443,8 @@ class Tuning:
         if torch.compiler.is_compiling() or self._paused:
             return
         self._write_changes()
+        if self._shards is None and hasattr(module, "unshard"):
+            raise FishError("the model was sharded while attached: call fully_shard first, then attach")
         name, first = next(iter(self._entries.items()))
         if first.weight.device != self._flat.device or first.weight.dtype != self.originals.dtype(name):
             raise FishError(
@@ -422,6 +459,8 @@ class Tuning:
             # Watching costs about two per cent of a forward, so it is done for the first, second, fourth, eighth ...
             self._forwards += 1
             turn = self._forwards & (self._forwards - 1) == 0
+            if turn and self._shards is not None:
+                self._shards.check_equal(self._flat)
             self._watch.start(turn and not _has_compiled_part(self.model))
         else:
             self._watch.start(False)
@@ -432,8 +471,8 @@ class Tuning:
 
     def _found_elsewhere(self, weight: Tensor) -> None:
         """Serve a weight that is also used outside its own module; this use and all later ones count from now on."""
-        for name, entry in self._entries.items():
-            if entry.weight is weight and name not in self._general:
+        for name in self._entries:
+            if self._used(name) is weight and name not in self._general:
                 self._generalise(name)
                 if self._forwards > 2:
                     warnings.warn(
@@ -551,6 +590,10 @@ def _fitting(mask: Mask, model: nn.Module, parameters: Mapping[str, nn.Parameter
     if len(devices) > 1:
         raise ValueError(f"the masked weights are on several devices ({', '.join(map(str, devices))}); put them on one")
     return fitting
+
+
+def _part(weight: nn.Parameter, indices: Tensor) -> Part | None:
+    return Part.of(weight, indices) if is_sharded(weight) else None
 
 
 def _has_compiled_part(model: nn.Module) -> bool:

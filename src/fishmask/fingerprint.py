@@ -1,13 +1,15 @@
 """What weights a mask was chosen on: raw bits of tensors, their hashes, and two states compared name by name."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fishmask.params import canonical_parameters
+from fishmask.sharded import is_sharded
+from fishmask.sharded import pieces as sharded_pieces
 
 if TYPE_CHECKING:
     from fishmask.mask import Mask
@@ -28,6 +30,14 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's elements in row-major order as little-endian bytes, without a copy where it can."""
     array = raw_bits(tensor.contiguous()).cpu().contiguous().reshape(-1).numpy()
     return array.astype(array.dtype.newbyteorder("<"), copy=False).view("u1").data
+
+
+def pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """Yield a tensor's bytes as ``raw_bytes`` does; a sharded one's in pieces, to all of its ranks together."""
+    if is_sharded(tensor):
+        yield from map(raw_bytes, sharded_pieces(tensor))
+    else:
+        yield raw_bytes(tensor)
 
 
 def element_bytes(tensor: Tensor) -> memoryview:
@@ -62,7 +72,8 @@ def takes_whole(mask: "Mask", name: str, size: int) -> bool:
 def tensor_hash(tensor: Tensor) -> str:
     """Return SHA-256 (hex) over a line such as ``float32 [2, 3]`` (dtype, shape, newline) and the raw bytes."""
     sha = hashlib.sha256(f"{describe(tensor)}\n".encode())
-    sha.update(raw_bytes(tensor))
+    for piece in pieces(tensor):
+        sha.update(piece)
     return sha.hexdigest()
 
 

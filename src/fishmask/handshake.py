@@ -7,13 +7,14 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fishmask.errors import HandshakeError
-from fishmask.fingerprint import describe, raw_bytes
+from fishmask.fingerprint import describe, pieces
 from fishmask.wire import Wire
 
 Facts = dict[str, str | dict[str, str]]
@@ -67,7 +68,11 @@ def agree(wire: Wire, facts: Facts) -> None:
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Return for every tensor its dtype, shape and CRC-32 of its raw bytes: to tell accidental differences apart."""
-    return {name: f"{describe(tensor)} {zlib.crc32(raw_bytes(tensor)):08x}" for name, tensor in tensors.items()}
+    return {name: f"{describe(tensor)} {_crc(tensor):08x}" for name, tensor in tensors.items()}
+
+
+def _crc(tensor: Tensor) -> int:
+    return reduce(lambda crc, piece: zlib.crc32(piece, crc), pieces(tensor), 0)
 
 
 def _ranks(held: list[Any]) -> dict[str, list[int]]:

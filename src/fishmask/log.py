@@ -23,7 +23,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from torch.optim import Optimizer
 
-from fishmask import history, tree
+from fishmask import history, sharded, tree
 from fishmask import rng as generators
 from fishmask.attach import Tuning, tuning_of
 from fishmask.container import Content
@@ -168,6 +168,7 @@ class CheckpointLog:
         plain = model.model if isinstance(model, Tuning) else tuning.model if tuning else model
         if tuning is not None and not tuning.attached:
             raise FishError("this Tuning is no longer attached to its model: pass the model, or attach it again")
+        sharded.refuse(plain, "CheckpointLog")
         if tuning is None and (optimizer is not None or state):
             raise ValueError(
                 "an optimizer and other state can only be restored with an attached model: call fishmask.attach first"
@@ -423,6 +424,7 @@ class CheckpointLog:
             raise TypeError(f"commit takes the Tuning that fishmask.attach returned, got {type(tuning).__name__}")
         if not tuning.attached:
             raise FishError("this Tuning is no longer attached to its model, so there is nothing to commit")
+        sharded.refuse(tuning.model, "CheckpointLog")
         if not hasattr(step, "__index__"):
             raise TypeError(f"step must be a whole number, got {step!r}")
         step = operator.index(step)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fishmask.errors import FishError
 from fishmask.fingerprint import raw_bits
 from fishmask.params import among, canonical_parameters, put, take
+from fishmask.sharded import is_sharded, local_rows, total
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Originals:
         """Raise FishError if anything but the remembered entries changed, told by a sum over each parameter's bits."""
         parameters, buffers = canonical_parameters(model), persistent_buffers(model)
         changed = []
-        for name, (dtype, total) in self._sums.items():
+        for name, (dtype, known) in self._sums.items():
             p = parameters.get(name)
             if p is None or p.dtype != dtype:
                 changed.append(name)
@@ -64,7 +65,7 @@ class Originals:
             if name in self._entries:
                 original = self._entries[name]
                 now += _sum(original.bits) - _sum(take(p, original.indices))
-            if now != total:
+            if now != known:
                 changed.append(name)
         for name, buffer in self._buffers.items():
             if name not in buffers or (buffers[name].shape, buffers[name].dtype) != (buffer.shape, buffer.dtype):
@@ -135,6 +136,8 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _sum(tensor: Tensor) -> int:
+    if is_sharded(tensor):
+        return total(tensor, _sum(local_rows(tensor)))
     bits = raw_bits(tensor.detach())
     # On the CPU numpy adds narrow integers eight times quicker than PyTorch, and `attach` waits for this.
     return int(bits.numpy().sum(dtype="int64") if bits.device.type == "cpu" else bits.sum(dtype=torch.int64))

@@ -11,6 +11,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from fishmask import sharded
+
 
 def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the floating-point parameters of ``model`` by canonical name, in module order, tied ones once."""
@@ -24,15 +26,22 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 
 def put(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Write ``values`` to flat indices of ``tensor``, in place, whatever its strides."""
-    if tensor.is_contiguous():
+    """Write ``values`` to flat indices of ``tensor``, in place, whatever its strides; sorted ones if it is sharded."""
+    if sharded.is_sharded(tensor):
+        sharded.put(tensor, indices, values)
+    elif tensor.is_contiguous():
         tensor.view(-1).index_copy_(0, indices, values)
     else:
         tensor[torch.unravel_index(indices, tensor.shape)] = values  # put_ is refused in deterministic mode
 
 
 def take(tensor: Tensor, indices: Tensor) -> Tensor:
-    """Return the entries at flat indices (on any device), detached, on the tensor's device."""
+    """Return the entries at flat indices (on any device), detached, on the tensor's device.
+
+    Those of a sharded tensor come from all of its ranks, which call this together with the same sorted indices.
+    """
+    if sharded.is_sharded(tensor):
+        return sharded.take(tensor, indices.to(tensor.device))
     return tensor.detach().take(indices.to(tensor.device))
 
 

@@ -163,6 +163,8 @@ class LocalRounds:
             payload=payload,
             overlap=overlap,
         )
+        if tuning.shards is not None:
+            tuning.shards.refuse_apart(group, every, overlap, self.protocol.masks)
         self.tuning, self.refresh_every = tuning, wanted.refresh_every
         self.number = self.step = self.pending = 0
         self.last: Round | None = None

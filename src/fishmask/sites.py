@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from fishmask.params import put
 from fishmask.plans import ConvolutionPlan, LookupPlan, ProductPlan
+from fishmask.sharded import Part, own_class
 
 # A copy of the used columns of a layer's input pays only if it is clearly smaller than the input itself, which
 # several layers (query, key, value) may share without a copy.
@@ -33,6 +35,15 @@ class Entry:
     weight: nn.Parameter
     indices: Tensor  # int64 [K], sorted flat indices, on the weight's device
     values: nn.Parameter  # float32 [K]
+    part: Part | None = None  # this rank's, of a sharded weight
+
+    def write(self) -> None:
+        """Write the values into the weight."""
+        values = self.values.detach().to(self.weight.dtype)
+        if self.part is None:
+            put(self.weight, self.indices, values)
+        else:
+            self.part.put(self.weight, values)
 
 
 class Hook:
@@ -277,7 +288,7 @@ def site_for(module: nn.Module, entries: Mapping[str, Entry]) -> Site | None:
     if not set(entries) <= {"weight", "bias"} or "forward" in vars(module):
         return None
     weight, bias = entries.get("weight"), entries.get("bias")
-    kind = type(module)
+    kind = own_class(module)
     if isinstance(module, nn.Linear) and kind is nn.Linear:
         return LinearSite(weight, bias, transposed=False)
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":

@@ -76,6 +76,12 @@ class Wire:
             dist.all_reduce(total, group=self.group)
         return total.to(tensor.device)
 
+    def spread(self, tensor: Tensor, rank: int) -> None:
+        """Fill ``tensor``, which lies where tensors travel, with that of one worker."""
+        if self.size > 1:
+            with self._counted((self.size - 1) * tensor.nbytes if self.rank == rank else 0):
+                dist.broadcast(tensor, group_src=rank, group=self.group)
+
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """Return the bytes of all workers, of any lengths, in the order of their ranks."""
         if self.size == 1:
