@@ -192,8 +192,8 @@ def distributed_cifar10() -> str:
 
 
 def distributed_glue() -> str:
-    """Return the training of several workers on GLUE in small: a table for each task and number of workers."""
-    return f"{distributed_glue_table('reduced')}\n\n{machine(records('distributed_glue')[-1])}"
+    """Return the training of several workers on GLUE in small: a table for each task, number of workers and length."""
+    return f"{distributed_glue_table(['reduced', 'long'])}\n\n{machine(records('distributed_glue')[-1])}"
 
 
 def recipe() -> str:

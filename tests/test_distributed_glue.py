@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from experiments.distributed_glue import (
     PLANS,
     RATES,
     SINGLE,
+    TABLE_2,
     Config,
     DenseRounds,
     random_mask,
@@ -61,22 +63,27 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_every_run_of_several_workers_has_its_single_worker_at_equal_work(plan):
+def test_a_single_worker_stands_beside_all_others(plan):
     configs = set(PLANS[plan]())
-    alone = [one for one in configs if one.workers == 1]
-    assert {(one.task, one.method, one.seed) for one in alone} == {
-        (task, name, seed) for task in ("SST-2", "MRPC", "RTE") for name in SINGLE.values() for seed in range(3)
+    for one in configs:
+        assert one.rate == RATES[METHODS[one.method].choice]
+        assert replace(one, workers=1, every=30, method=SINGLE[METHODS[one.method].choice]) in configs
+
+
+@pytest.mark.parametrize("plan", ["full", "reduced"])
+def test_table_2_is_planned_whole_for_three_seeds(plan):
+    configs = set(PLANS[plan]())
+    cells = {
+        (one.task, one.method, one.workers, one.every) for one in configs if one.workers > 1 and one.method in TABLE_2
     }
-    merged = configs - set(alone)
-    assert len(merged) == 3 * 2 * len(METHODS) * 3 * 3
-    for one in merged:
-        assert replace(one, workers=1, every=30, method=SINGLE[METHODS[one.method].choice]) in alone
+    assert cells == set(product(("SST-2", "MRPC", "RTE"), TABLE_2, (2, 4), (10, 30, 100)))
+    assert len([one for one in configs if one.method in TABLE_2]) == 3 * len(cells) + 3 * 3 * len(SINGLE)
 
 
 def test_the_reduced_plan_begins_with_what_the_target_is_about():
-    first = [one for one in PLANS["reduced"]() if one.workers == 2][: 3 * len(METHODS)]
+    first = [one for one in PLANS["reduced"]() if one.workers == 2][: 3 * len(TABLE_2)]
     assert {(one.task, one.every) for one in first} == {("SST-2", 30)}
-    assert {one.method for one in first} == set(METHODS)
+    assert {one.method for one in first} == set(TABLE_2)
 
 
 def test_rates_are_those_that_the_single_worker_has_chosen():
@@ -227,13 +234,12 @@ def test_the_table_sets_workers_beside_the_single_one(tmp_path):
     lines += [record(one, 0.70) for one in cell(SINGLE["fish"], 2, 30)][:1]
     lines += [record(replace(cell(PAPER, 2, 30)[0], density=0.3), 0.1)]  # of no plan
     results.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    text = table("reduced", results)
+    text = table(["reduced"], results)
     assert "SST-2" not in text
-    assert (
-        f"| {PAPER} |  | 80.5 ± 0.0, F1 90.5 ± 0.0 (3) |  | 81.0 ± 1.0, F1 91.0 ± 1.0 (3) | 500.0 kB | 6.0 MB |" in text
-    )
-    assert f"{PAPER}: −0.5 points (within 0.5)" in text
-    assert f"| {SINGLE['fish']} |  | 70.0, F1 80.0 (1) |" in text
-    assert f"{SINGLE['fish']}: −11.0 points (not within 0.5)" in text
+    sizes = "500.0 kB | 6.0 MB |"
+    assert f"| {PAPER} | 80.5 ± 0.0, F1 90.5 ± 0.0 (3) | 81.0 ± 1.0, F1 91.0 ± 1.0 (3) | −0.5 | {sizes}" in text
+    assert f"| {SINGLE['fish']} | 70.0, F1 80.0 (1) | 81.0 ± 1.0, F1 91.0 ± 1.0 (3) | −11.0 | {sizes}" in text
+    assert f"with a merge every 30 steps: {PAPER}." in text
+    assert table(["long", "reduced"], results) == text
     assert "240 steps of 16 in all, 120 by each worker. Always the most frequent class: 50.0." in text
     assert distributed_glue.RESULTS.name == "distributed_glue.jsonl"
