@@ -1,7 +1,9 @@
 """An attached model whose base FSDP2 shards, on real processes, against DDP and against one process."""
 
 import copy
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -411,3 +413,62 @@ def message_of(rank: int, size: int, fault: str, folder: str) -> str:
 def test_faults_are_told_on_all_ranks(teams: dict[int, Team], fault: str, wanted: str, tmp_path: Any) -> None:
     for message in teams[2].run(message_of, fault, str(tmp_path / "log")):
         assert wanted in message
+
+
+def rounds_between_copies(rank: int, size: int) -> Any:
+    """Two copies of two ranks each: a mean of gradients within a copy, a round every second step between them."""
+    model, mask = prepared("sequence")
+    meshes = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "rows"))
+    shard(model, "sequence", mesh=meshes["rows"])
+    tuning = fishmask.attach(model, mask)
+    rows = meshes["rows"].get_group()
+    ddp = DistributedDataParallel(Replica(tuning, group=rows), process_group=rows)
+    optimizer = torch.optim.SGD(tuning.parameters(), lr=0.5)
+    with LocalRounds(tuning, every=2, group=meshes["copies"].get_group()):
+        for step in range(4):
+            loss_of(ddp, share("sequence", 2 * step + rank // 2, rank % 2)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return whole(model)
+
+
+def test_rounds_between_sharded_copies() -> None:
+    copies = []
+    for _ in range(2):
+        model, mask = prepared("sequence")
+        tuning = fishmask.attach(model, mask)
+        copies.append((model, tuning, torch.optim.SGD(tuning.parameters(), lr=0.5)))
+    for step in range(4):
+        for number, (model, _, optimizer) in enumerate(copies):
+            for rank in range(2):
+                (loss_of(model, share("sequence", 2 * step + number, rank)) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % 2:
+            mean = (copies[0][1].values.detach() + copies[1][1].values.detach()) / 2
+            with torch.no_grad():
+                for _, tuning, _ in copies:
+                    tuning.values.copy_(mean)
+                    tuning.write_back()
+    with Team(4) as team:
+        for weights in team.run(rounds_between_copies):
+            assert_near(weights, {name: p.detach().numpy() for name, p in copies[0][0].named_parameters()})
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "data_parallel.md"
+
+
+def run_the_page(rank: int, size: int, number: int) -> int:
+    """Run a block of the page."""
+    whole_model, _ = prepared("bert")
+    model = whole_model.bert if number else whole_model
+    names: dict[str, Any] = {"fishmask": fishmask, "torch": torch, "model": model, "Replica": Replica}
+    names |= {"mask": Mask.random(model, 0.3, seed=1), "batches": [share("bert", step, rank) for step in range(2)]}
+    names |= {"mesh": dist.init_device_mesh("cpu", (size,)), "DistributedDataParallel": DistributedDataParallel}
+    exec(re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[number], names)
+    return int(names["ddp"].module.values[0].numel() > 0) + int(names["tuning"].shards is not None)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_code_of_the_page_runs(teams: dict[int, Team], number: int) -> None:
+    assert teams[2].run(run_the_page, number) == [1 + number] * 2
