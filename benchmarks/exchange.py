@@ -57,6 +57,7 @@ SHAPES = {
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
 }
 PRELOAD = ["fishmask", "transformers.models.bert.modeling_bert", "torch.nn.parallel", "torch.distributed.algorithms"]
+MEMORY = 12  # bytes that a worker takes for every entry of the model, at most: with PowerSGD
 REPEATS, ENOUGH = 3, 2.0  # an exchange is measured so often, or until so many seconds are spent
 GOALS = {"of the ring": 1.05, "more bytes": 4096, "times quicker": 20.0}  # what is to be reached
 GOAL_LINK = (4, 100)  # workers and Mbit/s of the last of them
@@ -393,6 +394,18 @@ def times(line: dict[str, Any]) -> float:
     return line["every"] / line["steps"]
 
 
+def check_memory(models: list[str], workers: list[int]) -> None:
+    """End before anything is started where the largest model would not fit."""
+    needed = max(make_mask(name).n for name in models) * max(workers) * MEMORY
+    line = next(s for s in Path("/proc/meminfo").read_text().splitlines() if s.startswith("MemAvailable"))
+    available = int(line.split()[1]) * 1024
+    if needed > available:
+        raise SystemExit(
+            f"{max(workers)} workers need {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free: take "
+            "fewer --workers or smaller --models"
+        )
+
+
 def show(lines: list[dict[str, Any]]) -> Table:
     """Lay what was measured on one model with one number of workers out as a table."""
     first = lines[0]
@@ -475,6 +488,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     console = Console(width=170)
     methods = [method for method in WAYS if method in (OURS, DDP, *args.methods)]
+    check_memory(args.models, args.workers)
     apart = not args.loopback and able()
     if apart:
         isolate()

@@ -27,6 +27,7 @@ RESULTS = ROOT / "results"
 PARTS = ("validation", "test")
 TASKS = ("words", "sst2")  # of the search for a recipe
 _COMMIT = "CheckpointLog.commit"
+_ROUNDS = "LocalRounds, exact"
 Record = dict[str, Any]
 
 
@@ -196,6 +197,55 @@ def distributed_glue() -> str:
     return f"{distributed_glue_table(['reduced', 'long'])}\n\n{machine(records('distributed_glue')[-1])}"
 
 
+def exchange() -> str:
+    """Return the benchmark of exchanges: a table for each model and number of workers, one row per method."""
+    lines = latest(
+        records("exchange"), lambda line: tuple(line[name] for name in ("model", "workers", "method", "rate_mbit"))
+    )
+    parts = [
+        _exchanges([line for line in lines if (line["model"], line["workers"]) == key])
+        for key in dict.fromkeys((line["model"], line["workers"]) for line in lines)
+    ]
+    loads = [line["load"] for line in lines]
+    notes = (
+        "Bytes are those that a worker's network interface sends in 30 steps, all headers and acknowledgements "
+        "included; the ring limit is 2(W − 1)/W of the entries that are merged, at the bytes of one. Packets are as "
+        "large as the loopback interface takes them or, at a limited rate, of Ethernet's 1500 bytes. It is the "
+        "exchange alone, without forward or backward pass. \\* is computed from the bytes and the rate, not run. "
+        f"Methods that exchange in every step were measured for one, times 30. Load average {min(loads):.1f} to "
+        f"{max(loads):.1f}."
+    )
+    return "\n\n".join([*parts, notes, machine(lines[-1])])
+
+
+def _exchanges(lines: list[Record]) -> str:
+    """Write one table of the benchmark of exchanges; rates that were not set are left out."""
+    rates = sorted({line["rate_mbit"] for line in lines if line["rate_mbit"]}, reverse=True)
+    by_key = {(line["method"], line["rate_mbit"]): line for line in lines}
+    rows = []
+    for method in dict.fromkeys(line["method"] for line in lines):
+        free = by_key[method, None]
+        count = free["every"] / free["steps"]
+        cells = [method, f"{free['bytes'] * count / 1e6:,.2f}"]
+        limits = [by_key[method, rate] for rate in (None, *rates[:1])]
+        cells += [
+            f"{line['bytes'] / line['ring_bytes']:.3f}" if line["ring_bytes"] and line["bytes"] else ""
+            for line in limits
+        ]
+        for rate in rates:
+            line, mark = by_key[method, rate], "\\*" if by_key[method, rate]["computed"] else ""
+            ratio = line["seconds"] * count / by_key[_ROUNDS, rate]["seconds"]
+            cells += [f"{line['seconds'] * count:,.2f}{mark}", f"{ratio:,.1f}{mark}"]
+        rows.append(cells)
+    first = lines[0]
+    title = (
+        f"**{first['model']}**: {first['n']:,} entries, {first['k']:,} masked, {first['workers']} workers, "
+        f"{first['every']} steps:"
+    )
+    columns = ["", "MB sent by a worker", "÷ ring limit", *["÷ ring limit, Ethernet" for _ in rates[:1]]]
+    return f"{title}\n\n{table([*columns, *(c for r in rates for c in (f's, {r} Mbit/s', '÷ ours'))], rows)}"
+
+
 def recipe() -> str:
     """Return the search for a recipe: one row per mask, the validation quality at its best rate."""
     lines = latest(
@@ -260,6 +310,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "commits": ("checkpoints", commits),
     "cifar10": ("cifar10", cifar10),
     "distributed-cifar10": ("distributed_cifar10", distributed_cifar10),
+    "exchange": ("exchange", exchange),
     "distributed-glue": ("distributed_glue", distributed_glue),
     "recipe": ("recipe", recipe),
     "claims": ("glue_ablation", ablation),
