@@ -189,6 +189,25 @@ def test_workers_that_agree_are_not_refused(teams: dict[int, Team]) -> None:
     assert teams[3].run(start, "nothing") == ["", "", ""]
 
 
+def start_with_log(rank: int, size: int, path: str) -> tuple[str, int]:
+    model = network()
+    tuning = fishmask.attach(model, Mask.random(model, 0.3, seed=1))
+    optimizer = torch.optim.SGD(tuning.parameters(), lr=0.1)
+    try:
+        LocalRounds(tuning, every=1, log=path)
+    except (HandshakeError, OSError) as error:
+        descend(model, optimizer, rank, 0)  # drives no rounds
+        return type(error).__name__, str(error).count("able to write the log: no: ")
+    return "", 0
+
+
+def test_a_log_that_cannot_be_written_is_told_on_all(teams: dict[int, Team], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = str(tmp_path / "file" / "rounds.jsonl")
+    assert teams[2].run(start_with_log, path) == [("HandshakeError", 1)] * 2
+    assert teams[1].run(start_with_log, path)[0][0] in ("FileExistsError", "NotADirectoryError")
+
+
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +285,28 @@ def test_workers_may_have_different_numbers_of_steps(teams: dict[int, Team]) -> 
     (first, one), (second, two) = teams[2].run(uneven)
     assert first == second == 3
     np.testing.assert_array_equal(one, two)
+
+
+def only_one_trains(rank: int, size: int) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+    tuning = fishmask.attach(model, Mask.random(model, 0.3, seed=1))
+    optimizer = torch.optim.SGD(tuning.parameters(), lr=0.1)
+    rounds = LocalRounds(tuning, every=5)
+    x, y = batch(rank, 0)
+    loss = F.cross_entropy(model(x), y)  # also in training mode, and without a step, statistics change
+    if rank == 1:
+        loss.backward()
+        optimizer.step()
+    before = model[1].running_mean.numpy().copy()
+    rounds.round()
+    return before, model[1].running_mean.numpy().copy()
+
+
+def test_statistics_are_those_of_workers_that_have_trained(teams: dict[int, Team]) -> None:
+    (_, first), (trained, second), (_, third) = teams[3].run(only_one_trains)
+    for merged in (first, second, third):
+        np.testing.assert_array_equal(merged, trained)
 
 
 def close_to(rank: int, size: int, settings: dict[str, Any]) -> Any:
@@ -348,3 +389,151 @@ def test_the_script_of_the_page_runs_under_torchrun(tmp_path: Path) -> None:
     assert facts["payload_bytes"] == 4 * 320 * 4
     assert facts["ddp_bytes"] == 120 * 4 * (21 * 64 + 65 * 4)
     assert (tmp_path / "task.safetensors").stat().st_size < 8192
+
+
+# --- simulated in one process -----------------------------------------------------------------------------------------
+
+
+def by_hand(rank: int, size: int, settings: dict[str, Any], outer: str, moves: list[str]) -> Any:
+    """Move values by hand between rounds; return them after each move, on every worker."""
+    model = network()
+    tuning = fishmask.attach(model, Mask.random(model, 0.3, seed=1))
+    optimizer = torch.optim.SGD(tuning.parameters(), lr=0.0)
+    rounds = LocalRounds(tuning, every=2, outer=OUTERS.get(outer), **settings)
+    generator, seen = torch.Generator().manual_seed(rank), []
+    for move in moves:
+        if move == "step":
+            with torch.no_grad():
+                tuning.values.add_(torch.randn(tuning.mask.k, generator=generator), alpha=0.1)
+            optimizer.step()
+        elif move == "round":
+            rounds.round()
+        else:
+            rounds.set_mask(Mask.random(model, 0.25, seed=2) | Mask.random(model, 0.1, seed=1), optimizer)
+        seen.append(tuning.values.numpy().copy())
+    rounds.close()
+    residual = rounds._residual
+    return seen, tuning.mask, (residual.own.numpy(), residual.merged.numpy())
+
+
+OUTERS = {
+    "sgd": partial(torch.optim.SGD, lr=0.5),
+    "nesterov": partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True),
+    "adam": partial(torch.optim.Adam, lr=0.01),
+}
+
+
+def drawn(size: int, counts: list[int]) -> list[list[Tensor]]:
+    """What workers add to their values, step by step."""
+    generators = [torch.Generator().manual_seed(rank) for rank in range(size)]
+    return [[torch.randn(k, generator=g) for g in generators] for k in counts]
+
+
+def test_a_late_result_is_added_to_what_was_learnt_meanwhile(teams: dict[int, Team]) -> None:
+    results = teams[3].run(by_hand, {"overlap": 1}, "", ["step"] * 6)
+    model = network()
+    anchor = fishmask.attach(model, Mask.random(model, 0.3, seed=1)).values.clone()
+    values, launched = [anchor.clone() for _ in range(3)], None
+    for step, drift in enumerate(drawn(3, [len(anchor)] * 6)):
+        for rank in range(3):
+            values[rank].add_(drift[rank], alpha=0.1)
+        if launched is not None:  # one step after it began
+            start = anchor.double()
+            anchor = (start + sum(one.double() - start for one in launched) / 3).float()
+            learnt = [now.double() - then.double() for now, then in zip(values, launched, strict=True)]
+            values, launched = [(anchor.double() + one).float() for one in learnt], None
+        if step in (1, 3, 5):
+            launched = [one.clone() for one in values]
+        for rank in range(3):
+            # A round begins two steps after the last one has landed and one step was taken: at the 2nd, 4th, 6th step.
+            np.testing.assert_array_equal(results[rank][0][step], values[rank].numpy())
+
+
+@pytest.mark.parametrize("outer", OUTERS)
+def test_an_outer_optimizer_steps_along_the_merged_difference(teams: dict[int, Team], outer: str) -> None:
+    """Also after a change of mask: entries that stay keep their momentum, new ones have none."""
+    moves = ["step", "step"] * 3 + ["mask"] + ["step", "step"] * 2
+    results = teams[2].run(by_hand, {}, outer, moves)
+    model = network()
+    tuning = fishmask.attach(model, Mask.random(model, 0.3, seed=1))
+    optimizer = OUTERS[outer](list(tuning.parameters()))
+    before, after = tuning.mask, results[0][1]
+    drifts = iter(drawn(2, [before.k] * 6 + [after.k] * 4))
+    for place, move in enumerate(moves):
+        if move == "mask":
+            tuning.set_mask(after, optimizer)
+        elif place in (0, 2, 4, 7, 9):
+            anchor = tuning.values.detach().clone()
+            values = [anchor.clone(), anchor.clone()]
+            for value, drift in zip(values, next(drifts), strict=True):
+                value.add_(drift, alpha=0.1)
+        else:
+            for value, drift in zip(values, next(drifts), strict=True):
+                value.add_(drift, alpha=0.1)
+            merged = (anchor.double() + sum(v.double() - anchor.double() for v in values) / 2).float()
+            gradients = (anchor - merged).split([len(p) for p in tuning.parameters()])
+            for p, gradient in zip(tuning.parameters(), gradients, strict=True):
+                p.grad = gradient.clone()
+            optimizer.step()
+            for result in results:
+                np.testing.assert_array_equal(result[0][place], tuning.values.numpy())
+
+
+@pytest.mark.parametrize("payload", ["bfloat16", "int8"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_what_low_precision_owes_is_carried_to_another_mask(
+    teams: dict[int, Team], payload: str, reduction: str
+) -> None:
+    moves = ["step", "step", "mask", "step", "step", "step", "step"]
+    results = teams[3].run(by_hand, {"payload": payload, "reduction": reduction}, "", moves)
+    model = network()
+    before, after = Mask.random(model, 0.3, seed=1), results[0][1]
+    start = fishmask.attach(model, before).values.detach().double()
+    divisor = 3 if reduction == "mean" else 1
+    wanted = torch.zeros(after.k, dtype=torch.float64)
+    both = before & after
+    old, new = fishmask.merge.places_in(before, both), fishmask.merge.places_in(after, both)
+    drifts = drawn(3, [before.k] * 2 + [after.k] * 4)
+    for number, drift in enumerate(drifts):
+        learnt = 0.1 * sum(one.double() for one in drift) / divisor
+        if number < 2:
+            wanted[new] += learnt[old]
+        else:
+            wanted += learnt
+    owed = sum(
+        torch.from_numpy(own).double() / divisor + torch.from_numpy(rest).double() for _, _, (own, rest) in results
+    )
+    applied = torch.from_numpy(results[0][0][-1]).double()[new] - start[old]
+    assert 1e-5 < float(owed.abs().max()) < 0.1
+    torch.testing.assert_close(applied + owed[new], wanted[new], rtol=0, atol=1e-5)
+
+
+def with_buffers(rank: int, size: int, trains: bool) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    model.register_buffer("never", torch.full((3,), -torch.inf))
+    model.register_buffer("long", torch.full((3,), 0.1, dtype=torch.float64))
+    tuning = fishmask.attach(model, Mask.random(model, 0.5, seed=1))
+    optimizer = torch.optim.SGD(tuning.parameters(), lr=0.1)
+    model.train(trains)
+    rounds = LocalRounds(tuning, every=2)
+    local: dict[str, Any] = {}
+    rounds._phase = lambda name: local.update({n: b.double().numpy().copy() for n, b in model.named_buffers()})
+    for step in range(1 + (rank == 0)):
+        descend(model, optimizer, rank, step)
+    rounds.finish()
+    rounds.close()
+    return local, {n: b.double().numpy().copy() for n, b in model.named_buffers()}, rounds.last.payload_bytes
+
+
+def test_statistics_are_averaged_counts_kept_and_constants_left_alone(teams: dict[int, Team]) -> None:
+    results = teams[2].run(with_buffers, True)
+    for _, after, _ in results:
+        np.testing.assert_array_equal(after["never"], np.full(3, -np.inf))
+        np.testing.assert_array_equal(after["long"], np.full(3, 0.1))
+        assert after["1.num_batches_tracked"] == 2
+        for name in ("1.running_mean", "1.running_var"):
+            np.testing.assert_array_equal(after[name], results[0][1][name])
+    still = teams[2].run(with_buffers, False)
+    # 14 numbers of floating point and one whole one; nothing at all where no buffer has moved.
+    assert [moved[2] - quiet[2] for moved, quiet in zip(results, still, strict=True)] == [14 * 4 + 8] * 2
