@@ -116,8 +116,9 @@ class LocalRounds:
     Raises:
         ValueError: An argument is out of range, or missing where masks differ.
         TypeError: ``tuning`` is none.
-        HandshakeError: The workers do not train the same thing.
+        HandshakeError: The workers do not train the same thing, or the first of them cannot write the log.
         RoundError: The connection broke off.
+        OSError: A single process cannot write the log.
 
     Source:
         Section 3 of the paper; Douillard et al., "DiLoCo", 2023, for the outer optimizer; Karimireddy et al., "Error
@@ -187,9 +188,8 @@ class LocalRounds:
                 UserWarning,
                 stacklevel=2,
             )
+        self._begin_log()
         self._handle = tuning.on_step(self._stepped)
-        if self._log is not None and self._wire.rank == 0:
-            write_start(self._log, self._facts_for_log())
 
     # --- its life -----------------------------------------------------------------------------------------------------
 
@@ -528,9 +528,11 @@ class LocalRounds:
         return _Outcome(finished, _Merged(values, residual, buffers, done))
 
     def _merge_buffers(self, mine: tuple[Tensor, Tensor], trained: list[bool]) -> tuple[Tensor, Tensor]:
-        """Return the mean of the floating-point buffers, and the largest of whole numbers: the longest count."""
+        """Return the mean of floating-point buffers over workers that have trained, and the largest whole numbers."""
         floats, wholes = mine
         if len(floats):
+            if not trained[self._wire.rank]:  # it is not among those that the mean is over
+                floats = self._buffers[0]
             layout, empty = Shared(len(floats), "mean", "exact", "float32"), floats.new_empty(0)
             merged, _ = layout.merge(self._wire, Proposal(floats, self._buffers[0], trained, Residual(empty, empty)))
             # Constants such as minus infinity have no difference.
@@ -569,6 +571,18 @@ class LocalRounds:
         """Mark the parts of a round, for tests of what happens when a worker dies in one."""
 
     # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _begin_log(self) -> None:
+        refusal: OSError | None = None
+        if self._log is not None and self._wire.rank == 0:
+            try:
+                write_start(self._log, self._facts_for_log())
+            except OSError as error:
+                refusal = error
+        agree(self._wire, {"able to write the log": f"no: {refusal}" if refusal else "yes"})
+        if refusal:
+            raise refusal
+        self._wire.read_counters()
 
     def _facts_for_log(self) -> dict[str, Any]:
         parameters = canonical_parameters(self.tuning.model).values()
