@@ -364,8 +364,8 @@ def run(
                 line |= {"entries": entries, "ring_bytes": least, "rate_mbit": link.rate, "mtu": link.mtu}
                 line |= {"counted_on": "own interface" if apart else "loopback interface, shared"}
                 expected = fastest["bytes"] * 8 / link.rate / 1e6 if link.rate else 0.0
-                # The goal is a ratio to DDP: it may take longer there.
-                if expected > longest * (4 if method == DDP and link.rate == GOAL_LINK[1] else 1):
+                # The goal is a ratio to DDP, which may take longer there: BERT-large takes 161 seconds for a step.
+                if expected > longest * (6 if method == DDP and (size, link.rate) == GOAL_LINK else 1):
                     line |= {"bytes": None, "packets": None, "seconds": expected, "computed": True}
                 else:
                     if apart:
@@ -478,7 +478,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=tuple(WAYS), default=list(WAYS), help="besides ours and DDP")
     parser.add_argument("--rates", nargs="*", type=int, default=[100, 10], help="Mbit/s of each worker's cable")
     parser.add_argument(
-        "--longest", type=float, default=60.0, help="seconds of one exchange above which it is computed and not run"
+        "--longest", type=float, default=30.0, help="seconds of one exchange above which it is computed and not run"
     )
     parser.add_argument("--loopback", action="store_true", help="make no namespaces; count on the loopback interface")
     parser.add_argument("--output", type=Path, help="append a JSON line per model, workers, method and link")
