@@ -38,10 +38,11 @@ format: $(STAMP) ## Format the code.
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## Compare scoring, one training step and checkpoints with the alternatives.
+bench: $(STAMP) ## Compare scoring, one training step, checkpoints and exchanges with the alternatives.
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scoring
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.checkpoints
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.exchange
 
 clean: ## Remove .venv and caches.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

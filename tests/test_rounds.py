@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fishmask
 from fishmask import LocalRounds, Mask
-from fishmask.errors import HandshakeError, RoundError
+from fishmask.errors import FishError, HandshakeError, RoundError
 from fishmask.round_log import read_log, summary
 from tests.team import Team
 
@@ -372,6 +373,79 @@ def test_a_refresh_chooses_from_the_sum_of_all_scores(teams: dict[int, Team], ma
     for result in results[1:]:
         for name, weight in results[0][2].items():
             np.testing.assert_array_equal(result[2][name], weight)
+
+
+# --- what else a user may do ------------------------------------------------------------------------------------------
+
+
+def unusual(rank: int, size: int) -> None:
+    """A second LocalRounds, an optimizer of some of the values, a handshake at the wrong time."""
+    model = network()
+    tuning = fishmask.attach(model, Mask.random(model, 0.3, seed=1))
+    later = [p for name, p in tuning.named_parameters() if not name.startswith("0.")]
+    rounds = LocalRounds(tuning, every=2)
+    with pytest.raises(FishError, match="LocalRounds already"):
+        LocalRounds(tuning, every=2)
+    optimizer = torch.optim.SGD(later, lr=0.1)
+    descend(model, optimizer, rank, 0)
+    assert rounds.pending == 1
+    before = tuning.values.clone()
+    with pytest.raises(HandshakeError, match="weights: "):
+        rounds.handshake()
+    assert torch.equal(tuning.values, before)
+    assert rounds.pending == 1
+    descend(model, optimizer, rank, 1)
+    assert (rounds.number, rounds.pending) == (1, 0)
+    rounds.close()
+    again = LocalRounds(tuning, every=2)
+    again.close()
+
+
+def test_unusual_calls_are_refused_and_change_nothing(teams: dict[int, Team]) -> None:
+    teams[2].run(unusual)
+
+
+def beside_others(rank: int, size: int) -> Any:
+    model = network()
+    tuning = fishmask.attach(model, Mask.random(model, 0.3, seed=1))
+    optimizer = torch.optim.SGD(tuning.parameters(), lr=0.1)
+    total = torch.zeros(1)
+    with LocalRounds(tuning, every=3, overlap=2) as rounds:
+        for step in range(9):
+            descend(model, optimizer, rank, step)
+            one = torch.ones(1)
+            dist.all_reduce(one)
+            total += one
+    return rounds.number, total.item(), tuning.values.numpy().copy()
+
+
+def test_rounds_under_way_do_not_meet_collectives_of_the_user(teams: dict[int, Team]) -> None:
+    first, second = teams[2].run(beside_others)
+    assert first[:2] == second[:2] == (3, 18.0)
+    np.testing.assert_array_equal(first[2], second[2])
+
+
+def of_low_precision(rank: int, size: int) -> Any:
+    model = network().to(torch.bfloat16)
+    tuning = fishmask.attach(model, own_mask(model, rank, size))
+    optimizer = torch.optim.SGD(tuning.parameters(), lr=0.1)
+    with LocalRounds(tuning, every=2, masks="own", reduction="sum", head="mean") as rounds:
+        for step in range(2):
+            x, y = batch(rank, step)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.bfloat16()).float(), y).backward()
+            optimizer.step()
+        values = tuning.values.clone()
+        rounds.handshake()
+        assert torch.equal(tuning.values, values)
+        rounds.set_mask(own_mask(model, (rank + 1) % size, size), optimizer)
+    return values.numpy(), tuning.values.detach().numpy()
+
+
+def test_values_of_other_workers_keep_their_precision(teams: dict[int, Team]) -> None:
+    results = teams[3].run(of_low_precision)
+    for rank, (_, taken_over) in enumerate(results):
+        np.testing.assert_array_equal(taken_over, results[(rank + 1) % 3][0])
 
 
 # --- the page that describes them -------------------------------------------------------------------------------------

@@ -120,6 +120,7 @@ class Tuning:
         self._watch = Watch(self._found_elsewhere)
         self._paused = self._stepping = self.reduced = False
         self._step_hooks: OrderedDict[int, Callable[[Optimizer], None]] = OrderedDict()
+        self._counted: nn.Parameter | None = None  # one of the values, by which the optimizer is known that counts
         self._forwards = 0  # those with gradients since the mask was set
         self._handles = [
             self.model.register_forward_pre_hook(Hook(self._before_forward), prepend=True),
@@ -191,8 +192,16 @@ class Tuning:
             entry.values.copy_(take(entry.weight, entry.indices))
         self._written = self._version()
 
+    @property
+    def step_hooks(self) -> tuple[Callable[[Optimizer], None], ...]:
+        """The hooks of ``on_step``."""
+        return tuple(self._step_hooks.values())
+
     def on_step(self, hook: Callable[[Optimizer], None]) -> RemovableHandle:
-        """Have ``hook(optimizer)`` called after each step of an optimizer of these values, once they are written back.
+        """Have ``hook(optimizer)`` called after each step, once the values are written back.
+
+        Where several optimizers share the values, the steps of the one that steps first count, and of those that
+        replace it.
 
         Returns:
             A handle whose ``remove()`` ends it; so does ``detach``.
@@ -360,6 +369,14 @@ class Tuning:
     def _version(self) -> int:
         """Return a number that grows with every in-place change of the values."""
         return self._flat._version + sum(entry.values._version for entry in self._entries.values())
+
+    def _counts(self, optimizer: Optimizer) -> bool:
+        """Whether a step of an optimizer of these values is one for those who count."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        values = list(self.parameters())
+        if not any(p is self._counted for p in values):  # the first step with these values
+            self._counted = next(p for p in values if id(p) in held)
+        return id(self._counted) in held
 
     def _write_changes(self) -> None:
         """Write the values back if they have changed, or may have: within a step their version does not tell."""
@@ -545,8 +562,9 @@ def _hook_optimizers() -> None:
         for tuning in _trained_by(optimizer):
             tuning._stepping = False
             tuning.write_back()
-            for hook in list(tuning._step_hooks.values()):
-                hook(optimizer)
+            if tuning._counts(optimizer):
+                for hook in list(tuning._step_hooks.values()):
+                    hook(optimizer)
 
     register_optimizer_step_pre_hook(before_step)
     register_optimizer_step_post_hook(after_step)

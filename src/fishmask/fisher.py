@@ -19,6 +19,7 @@ from fishmask.guards import Guard, check_independence, left_as_found, require_gr
 from fishmask.likelihoods import Labels, Likelihood, Loss
 from fishmask.params import canonical_parameters
 from fishmask.rules import ABSOLUTE, SQUARE, Power
+from fishmask.sharded import refuse
 
 Engine = Literal["auto", "batched", "loop"]
 Method = Literal["fisher", "absolute", "gradient", "snip", "magnitude", "random"]
@@ -268,6 +269,7 @@ def _checked(
             f"{type(model).__name__} was made under torch.inference_mode(), so no gradients can be taken; make it "
             "outside, or load its state_dict into one that is"
         )
+    refuse(model, "scoring")
     if not canonical_parameters(model):
         raise ValueError(f"{type(model).__name__} has no floating-point parameters to score")
     return Likelihood(labels, loss, seed, power)

@@ -238,9 +238,6 @@ class ManagedRounds:
     # --- a round ------------------------------------------------------------------------------------------------------
 
     def _stepped(self, optimizer: Optimizer) -> None:
-        first = next(self.tuning.parameters())
-        if not any(first is p for group in optimizer.param_groups for p in group["params"]):
-            return
         self._check()
         self.pending += 1
         self.step += 1

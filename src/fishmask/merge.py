@@ -160,6 +160,15 @@ class Own:
             total[place] += delta
         return (anchor + total / self.divisor(proposal.trained)).float(), residual
 
+    def gathered(self, wire: Wire, union: Tensor) -> Tensor:
+        """Return a vector over the union with every worker's own part, float32 [union]; of several, the last's."""
+        largest = max(len(place) for place in self.places)
+        union = union.clone()
+        rows = wire.gather(pad(union[self.places[self._rank]], (0, largest - self.own)))
+        for row, place in zip(rows, self.places, strict=True):
+            union[place] = row[: len(place)]
+        return union
+
     def divisor(self, trained: list[bool]) -> Tensor:
         """Return what a sum is divided by for every entry, float64 [union], when these workers have trained."""
         count = sum(trained)

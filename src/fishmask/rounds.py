@@ -43,6 +43,9 @@ from fishmask.union import Union, masks_of
 from fishmask.wire import Wire
 
 _KNOWN = (RoundError, HandshakeError)  # errors that all workers have at once
+# What a handshake sets, and a refused one leaves as it was.
+_IN_COMMON = ("number", "step", "pending", "_flying", "_given", "_loads", "_union", "_anchor", "_residual", "_buffers",
+              "_outer", "_digest")  # fmt: skip
 _VERSION = 1  # of the records that workers exchange, and of the state that a commit keeps
 
 
@@ -108,6 +111,7 @@ class LocalRounds:
         tuning: The tuning.
         protocol: The rules.
         refresh_every: Rounds from one mask to the next that the preset asks for, or None.
+        warm_up_epochs: Epochs of dense training before the first mask that the preset asks for.
         number: Of the last round that was committed.
         step: Steps of this worker since training began.
         pending: Steps of this worker since its last round.
@@ -115,6 +119,7 @@ class LocalRounds:
 
     Raises:
         ValueError: An argument is out of range, or missing where masks differ.
+        FishError: The tuning has other ``LocalRounds`` that are not closed.
         TypeError: ``tuning`` is none.
         HandshakeError: The workers do not train the same thing, or the first of them cannot write the log.
         RoundError: The connection broke off.
@@ -159,17 +164,21 @@ class LocalRounds:
             masks=masks or wanted.masks,
             reduction=reduction or wanted.reduction,
             denominator=denominator,
-            head=head or wanted.head,
+            head=head or (wanted.head if masks != "shared" else None),
             mode=mode,
             payload=payload,
             overlap=overlap,
         )
         if tuning.shards is not None:
             tuning.shards.refuse_apart(group, every, overlap, self.protocol.masks)
-        self.tuning, self.refresh_every = tuning, wanted.refresh_every
+        if any(isinstance(getattr(hook, "__self__", None), LocalRounds) for hook in tuning.step_hooks):
+            raise FishError("this Tuning has LocalRounds already, which would exchange it too: close() them first")
+        self.tuning = tuning
+        self.refresh_every, self.warm_up_epochs = wanted.refresh_every, wanted.warm_up_epochs
         self.number = self.step = self.pending = 0
         self.last: Round | None = None
-        self._wire, self._log, self._make_outer = Wire(group), None if log is None else Path(log), outer
+        self._wire = Wire(group).apart() if overlap else Wire(group)
+        self._log, self._make_outer = None if log is None else Path(log), outer
         self._executor = ThreadPoolExecutor(1, "fishmask-round") if overlap and self._wire.size > 1 else None
         self._flying: tuple[_Launched, Future[_Outcome]] | None = None
         self._broken = False
@@ -218,7 +227,7 @@ class LocalRounds:
         which it adds nothing.
 
         Raises:
-            RoundError: As for ``round``.
+            RoundError: As for ``round``; where the others go on after it, this worker has to call ``finish`` again.
         """
         self._land()
         while not self._exchange_now(finished=True).finished:
@@ -360,9 +369,17 @@ class LocalRounds:
         """
         self.tuning._check_attached()
         self._check_unbroken()
-        given = self._given or {}
-        if self._flying is not None:  # what comes of it is not wanted, but its collectives must be over
+        before = {name: vars(self)[name] for name in _IN_COMMON if name in vars(self)}
+        if self._flying is not None:  # its collectives must be over before others begin
             self._flying[1].exception()
+        try:
+            self._shake_hands(self._given or {})
+        except BaseException:
+            vars(self).update(before)
+            raise
+        self._wire.read_counters()
+
+    def _shake_hands(self, given: Mapping[str, Any]) -> None:
         self.number, self.step = given.get("number", self.number), given.get("step", self.step)
         self.pending, self._flying = 0, None
         model = self.tuning.model
@@ -377,25 +394,26 @@ class LocalRounds:
         agree(self._wire, facts)
         masks = masks_of(self._wire, self.protocol, self.tuning.mask)
         self._union = Union(self.tuning, self._wire, self.protocol, masks)
+        present = self._union.gathered(self._wire)
         refusal: Exception | None = None
         try:
-            self._start_from(given)
+            self._start_from(given, present)
         except Exception as error:  # a user's optimizer may raise anything
             refusal = error
         agree(self._wire, {"able to start": f"no: {type(refusal).__name__}: {refusal}" if refusal else "yes"})
         if refusal:
             raise refusal
+        alike = torch.equal(self.tuning.values, self._union.own(self._anchor))
         found: Facts = {
             "weights": checksums(parameters),
-            "values": self._digest,
+            "values": self._digest if alike else "other than those of another worker that has them too",
             "buffers": checksums(persistent_buffers(model)),
             "outer optimizer": repr(self._outer.optimizer) if self._outer else "none",
         }
         agree(self._wire, found)
         self._given, self._loads = None, self.tuning.loads
-        self._wire.read_counters()
 
-    def _start_from(self, given: Mapping[str, Any]) -> None:
+    def _start_from(self, given: Mapping[str, Any], present: Tensor) -> None:
         """Set what all workers have in common from a state, and from what is there where it says nothing."""
         union, residual = self._union, given.get("residual")
         for what, held, wanted in (
@@ -412,7 +430,7 @@ class LocalRounds:
             self._anchor = given["anchor"].to(union.device)
             union.give(self._anchor)
         else:
-            self._anchor = union.present()
+            self._anchor = present
         self._buffers = read_buffers(self.tuning.model, union.device)
         self._residual = union.nothing()
         if residual:
@@ -427,10 +445,7 @@ class LocalRounds:
     # --- a round ------------------------------------------------------------------------------------------------------
 
     def _stepped(self, optimizer: Optimizer) -> None:
-        """Count a step of the optimizer that holds the first of the values, and begin and end rounds."""
-        first = next(self.tuning.parameters())
-        if not any(first is p for group in optimizer.param_groups for p in group["params"]):
-            return
+        """Count a step, and begin and end rounds."""
         self._check()
         self.pending += 1
         self.step += 1

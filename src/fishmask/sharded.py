@@ -181,8 +181,9 @@ def refuse(model: nn.Module, role: str) -> None:
     """Raise FishError if ``model`` is sharded, where ``role`` works on whole weights in one process."""
     if any(is_sharded(p) for p in model.parameters()) or hasattr(model, "unshard"):
         raise FishError(
-            f"{role} takes no sharded model: save it with torch.distributed.checkpoint (fishmask.dcp has a storage for "
-            "it), or call tuning.delta() on all ranks and save that on one"
+            f"{role} takes no sharded model: score it before fully_shard, and save it with "
+            "torch.distributed.checkpoint (fishmask.dcp has a storage for it), or call tuning.delta() on all ranks and "
+            "save that on one"
         )
 
 

@@ -64,6 +64,11 @@ class Union:
         present[self._place] = own
         return present
 
+    def gathered(self, wire: Wire) -> Tensor:
+        """Return the values of the union as those that hold them have them: weights may be of lower precision."""
+        present = self.present()
+        return self._layout.gathered(wire, present) if isinstance(self._layout, Own) else present
+
     @torch.no_grad()
     def give(self, vector: Tensor, learnt: Tensor | None = None) -> None:
         """Write values of the union into the model: this worker's, with what it has learnt since, and the others'."""

@@ -38,8 +38,22 @@ class Wire:
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
             if self.rank < 0:
                 raise ValueError("this process is not in the group: only its members exchange")
-            if dist.get_backend(group) == "nccl":
+            backend = dist.get_backend(group)  # "nccl", or "cpu:gloo,cuda:nccl", which moves both
+            if "nccl" in backend and "gloo" not in backend:
                 self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def apart(self) -> "Wire":
+        """Return a wire of the same workers with a group of its own, to exchange while others use this one.
+
+        All workers must call it. Collectives that two threads begin on one group would mix.
+        """
+        if self.size == 1:
+            return self
+        present = self.group or dist.group.WORLD
+        assert present is not None
+        timeout = present._get_backend(self.device).options._timeout  # a new group would wait for half an hour
+        ranks = dist.get_process_group_ranks(present)
+        return Wire(dist.new_group(ranks, timeout=timeout, use_local_synchronization=True))
 
     def read_counters(self) -> tuple[int, float]:
         """Return (bytes, seconds) since the last call, and start again from zero."""
@@ -100,6 +114,8 @@ class Wire:
             yield
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # gloo's own errors have no other type
             raise RoundError(
                 f"the connection between the workers broke off: {error}. The process group cannot be used any more: "
