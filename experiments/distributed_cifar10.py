@@ -440,14 +440,18 @@ def _caption(planned: list[Config]) -> str:
     network = "ResNet-34" if config.model == "resnet34" else f"ResNet-9 of width {config.width}"
     warm_up = next(one.warm_up for one in planned if one.workers > 1 and one.warm_up)
     steps = ", ".join(str(every) for every in sorted({one.every for one in planned if one.workers > 1}))
+    smaller = "" if config.model == "resnet34" else "Much smaller than the paper's setting: "
+    most = max(one.merges for one in planned)
     return (
-        f"{network}, {config.images:,} training images, {config.precision}, {config.workers} workers with "
+        f"{smaller}{network}, {config.images:,} training images, {config.precision}, {config.workers} workers with "
         f"{config.steps:,} steps of {config.batch} each, merged every {steps} steps; masked runs are dense for the "
         f"first {warm_up}. The single worker takes {config.workers * config.steps:,} steps. Images are lossy JPEG "
         "copies, so these accuracies do not stand beside published ones. Accuracy: per cent of the test images, mean ± "
-        f"standard deviation (seeds). Renewed: the mask chosen anew after every tenth round, as with "
-        f"{max(one.merges for one in planned)} merges; with fewer it never comes to that. Bytes: what a worker sends, "
-        "in one round with the mask, and in all, with the dense rounds of the warm-up and the choice of the mask."
+        f"standard deviation (seeds). A mask is chosen anew after every tenth round, so only with {most} merges: the "
+        "single worker to compare those with is the one whose mask is renewed as often. Disjoint masks with "
+        "the mean are the authors' random baseline. "
+        "Bytes: what a worker sends, in one round with the mask, and in all, with the dense rounds of "
+        "the warm-up and the choice of the mask (random ones come from a seed that all know)."
     )
 
 
