@@ -440,7 +440,7 @@ def _one_table(task: str, workers: int, groups: Mapping[tuple[str, int, str, int
         "sent in all",
     ]
     lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
-    near = []
+    near, compared = [], False
     for name, method in METHODS.items():
         cells = [groups.get((task, workers, name, steps), []) for steps in every]
         if not any(cells):
@@ -448,22 +448,25 @@ def _one_table(task: str, workers: int, groups: Mapping[tuple[str, int, str, int
         middle = groups.get((task, workers, name, 30), [])
         alone = groups.get((task, 1, SINGLE[method.choice], 30), [])
         gap = _accuracy(middle) - _accuracy(alone) if middle and alone else None
+        compared |= gap is not None
         if gap is not None and round(gap, 6) >= -0.5:
             near.append(name)
         each = mean(one["payload_bytes"] / one["rounds"] for cell in cells for one in cell)
         total = [sum(one[f"{part}_bytes"] for part in ("payload", "other", "first_mask")) for one in middle]
-        told = [
+        rest = [
             "" if gap is None else f"{gap:+.1f}".replace("-", "−"),
             _size(each),
             _size(mean(total)) if total else "",
         ]
-        lines.append(f"| {name} | {' | '.join([*map(_points, [*cells, alone]), *told])} |")
+        lines.append(f"| {name} | {' | '.join([*map(_points, [*cells, alone]), *rest])} |")
     one = next(runs[0] for key, runs in groups.items() if key[:2] == (task, workers))
-    return "\n".join(lines) + (
-        f"\n\n{one['steps'] * workers:,} steps of {one['config']['batch']} in all, {one['steps']:,} by each worker. "
-        f"Always the most frequent class: {100 * one['majority']:.1f}. "
-        f"Within 0.5 points of the single worker with a merge every 30 steps: {'; '.join(near) or 'none'}."
+    told = (
+        f"{one['steps'] * workers:,} steps of {one['config']['batch']} in all, {one['steps']:,} by each worker. "
+        f"Always the most frequent class: {100 * one['majority']:.1f}."
     )
+    if compared:
+        told += f" Within 0.5 points of the single worker with a merge every 30 steps: {'; '.join(near) or 'none'}."
+    return "\n".join(lines) + f"\n\n{told}"
 
 
 def _accuracy(runs: list[Record]) -> float:

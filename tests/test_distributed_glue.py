@@ -241,5 +241,7 @@ def test_the_table_sets_workers_beside_the_single_one(tmp_path):
     assert f"| {SINGLE['fish']} | 70.0, F1 80.0 (1) | 81.0 ± 1.0, F1 91.0 ± 1.0 (3) | −11.0 | {sizes}" in text
     assert f"with a merge every 30 steps: {PAPER}." in text
     assert table(["long", "reduced"], results) == text
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines[3:]), encoding="utf-8")
+    assert "Within" in text and "Within" not in table(["reduced"], results)
     assert "240 steps of 16 in all, 120 by each worker. Always the most frequent class: 50.0." in text
     assert distributed_glue.RESULTS.name == "distributed_glue.jsonl"
