@@ -451,7 +451,7 @@ def _caption(planned: list[Config]) -> str:
         "single worker to compare those with is the one whose mask is renewed as often. Disjoint masks with "
         "the mean are the authors' random baseline. "
         "Bytes: what a worker sends, in one round with the mask, and in all, with the dense rounds of "
-        "the warm-up and the choice of the mask (random ones come from a seed that all know)."
+        "the warm-up and the choice of the mask (random ones come from a seed that all know). Empty: not run."
     )
 
 
