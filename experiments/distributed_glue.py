@@ -448,8 +448,9 @@ def _one_table(task: str, workers: int, groups: Mapping[tuple[str, int, str, int
         middle = groups.get((task, workers, name, 30), [])
         alone = groups.get((task, 1, SINGLE[method.choice], 30), [])
         gap = _accuracy(middle) - _accuracy(alone) if middle and alone else None
-        compared |= gap is not None
-        if gap is not None and round(gap, 6) >= -0.5:
+        enough = gap is not None and min(len(middle), len(alone)) >= 3  # seeds
+        compared |= enough
+        if enough and gap is not None and round(gap, 6) >= -0.5:
             near.append(name)
         each = mean(one["payload_bytes"] / one["rounds"] for cell in cells for one in cell)
         total = [sum(one[f"{part}_bytes"] for part in ("payload", "other", "first_mask")) for one in middle]
