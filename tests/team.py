@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -100,6 +100,14 @@ class Team:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def teams_of(sizes: Iterable[int]) -> Iterator[dict[int, Team]]:
+    """Yield a team of each size, for a fixture, and close them."""
+    made = {size: Team(size) for size in sizes}
+    yield made
+    for team in made.values():
+        team.close()
 
 
 def _work(rank: int, size: int, store: str, timeout: float, pipe: Connection) -> None:

@@ -19,7 +19,7 @@ import fishmask
 from fishmask import Mask
 from fishmask.data_parallel import Replica
 from tests.replicas import assert_close, gradients, loss_of, moved, prepared, reference, share, trained_alone
-from tests.team import Team, WorkerFailed
+from tests.team import Team, WorkerFailed, teams_of
 
 SIZES = (2, 3)
 # Linear and LayerNorm; convolution and BatchNorm; constant buffers; Conv1D and tied weights; attention's bare weights.
@@ -29,10 +29,7 @@ GENERAL = {"conv", "torch-encoder"}  # have parameters on the general path
 
 @pytest.fixture(scope="module")
 def teams() -> Iterator[dict[int, Team]]:
-    made = {size: Team(size) for size in SIZES}
-    yield made
-    for team in made.values():
-        team.close()
+    yield from teams_of(SIZES)
 
 
 # --- what the workers do ----------------------------------------------------------------------------------------------

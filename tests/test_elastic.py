@@ -27,7 +27,7 @@ from fishmask.elastic import WorkersLog, kept_mask
 from fishmask.merge import places_in, union_of
 from fishmask.protocol import Protocol
 from fishmask.regroup import check_dealt, deal_anew, mean_states, spread_owed
-from tests.team import Team, WorkerFailed
+from tests.team import Team, WorkerFailed, teams_of
 
 ROOT = Path(__file__).parent.parent
 SIZES = (1, 2, 3, 4)
@@ -35,10 +35,7 @@ SIZES = (1, 2, 3, 4)
 
 @pytest.fixture(scope="module")
 def teams() -> Iterator[dict[int, Team]]:
-    made = {size: Team(size) for size in SIZES}
-    yield made
-    for team in made.values():
-        team.close()
+    yield from teams_of(SIZES)
 
 
 # --- what the workers do ----------------------------------------------------------------------------------------------

@@ -18,17 +18,14 @@ import fishmask
 from fishmask import LocalRounds, Mask
 from fishmask.errors import FishError, HandshakeError, RoundError
 from fishmask.round_log import read_log, summary
-from tests.team import Team
+from tests.team import Team, teams_of
 
 SIZES = (1, 2, 3, 4)
 
 
 @pytest.fixture(scope="module")
 def teams() -> Iterator[dict[int, Team]]:
-    made = {size: Team(size) for size in SIZES}
-    yield made
-    for team in made.values():
-        team.close()
+    yield from teams_of(SIZES)
 
 
 # --- what the workers do ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import fishmask
 from fishmask import LocalRounds, Mask, sharded
 from fishmask.data_parallel import Replica
 from tests.replicas import assert_close, gradients, loss_of, prepared, reference, share, trained_alone
-from tests.team import Team
+from tests.team import Team, teams_of
 
 SIZES = (2, 3)
 NAMES = ("sequence", "conv", "bert", "gpt2", "torch-encoder")
@@ -26,10 +26,7 @@ NAMES = ("sequence", "conv", "bert", "gpt2", "torch-encoder")
 
 @pytest.fixture(scope="module")
 def teams() -> Iterator[dict[int, Team]]:
-    made = {size: Team(size) for size in SIZES}
-    yield made
-    for team in made.values():
-        team.close()
+    yield from teams_of(SIZES)
 
 
 # --- what the workers do ----------------------------------------------------------------------------------------------
