@@ -562,7 +562,7 @@ def _hook_optimizers() -> None:
         for tuning in _trained_by(optimizer):
             tuning._stepping = False
             tuning.write_back()
-            if tuning._counts(optimizer):
+            if tuning._step_hooks and tuning._counts(optimizer):
                 for hook in list(tuning._step_hooks.values()):
                     hook(optimizer)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fishmask.container import bytes_tensor, decode_indices, encode_indices
 from fishmask.handshake import agree
 from fishmask.mask import Mask, Patterns
+from fishmask.merge import ordered_sum
 from fishmask.select import Keys, budget, check_scores, collect, divide, threshold, warn_of_zeros
 from fishmask.wire import Wire
 
@@ -149,16 +150,9 @@ def _shard(wire: Wire, scores: Mapping[str, Tensor]) -> tuple[int, Tensor]:
         rows = torch.zeros(wire.size, width, dtype=dtype, device=wire.device)
         for worker, row in enumerate(rows):
             _cut(scores, worker * share + start, row)
-        parts.append(_ordered_sum(wire.swap(rows)))
+        parts.append(ordered_sum(row.double() for row in wire.swap(rows)).to(dtype))
     first = min(wire.rank * share, total)
     return first, torch.cat(parts)[: max(0, min(share, total - first))]
-
-
-def _ordered_sum(rows: Tensor) -> Tensor:
-    total = torch.zeros_like(rows[0], dtype=torch.float64)
-    for row in rows:
-        total += row.double()
-    return total.to(rows.dtype)
 
 
 def _cut(scores: Mapping[str, Tensor], start: int, row: Tensor) -> None:

@@ -69,6 +69,11 @@ def takes_whole(mask: "Mask", name: str, size: int) -> bool:
     return name in mask.indices and len(mask.indices[name]) == size
 
 
+def values_digest(values: Tensor) -> str:
+    """Return SHA-256 (hex) over the raw bytes of values, whose dtype and number are known otherwise."""
+    return hashlib.sha256(raw_bytes(values)).hexdigest()
+
+
 def tensor_hash(tensor: Tensor) -> str:
     """Return SHA-256 (hex) over a line such as ``float32 [2, 3]`` (dtype, shape, newline) and the raw bytes."""
     sha = hashlib.sha256(f"{describe(tensor)}\n".encode())

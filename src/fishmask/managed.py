@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from fishmask.attach import Tuning
 from fishmask.buffers import read_buffers, write_buffers
 from fishmask.errors import FishError, HandshakeError, RoundError
-from fishmask.fingerprint import Base, fingerprint, raw_bytes
+from fishmask.fingerprint import Base, fingerprint, values_digest
 from fishmask.outer import MakeOuter, Outer
 from fishmask.protocol import Reduction
 from fishmask.round_log import Round
@@ -250,7 +250,7 @@ class ManagedRounds:
         self._phase("propose")
         values, (floats, wholes) = self.tuning.values.detach(), read_buffers(self.tuning.model, device)
         finite = bool(values.isfinite().all()) and bool((floats.isfinite() | ~self._buffers[0].isfinite()).all())
-        facts = [self.number, *map(_bits, self._trains.values()), _bits(_digest(self._anchor))]
+        facts = [self.number, *map(_bits, self._trains.values()), _bits(values_digest(self._anchor))]
         trained = int(self.pending > 0)
         largest = self._largest([*facts, *(-fact for fact in facts), int(not finite), trained])
         if largest is None:
@@ -294,7 +294,7 @@ class ManagedRounds:
             wrong = f"{type(error).__name__}: {error}"
         sent = 2 * (members - 1) * (scratch.nbytes + wholes.nbytes) // members  # by a ring
         merged = _Merged(values, (floats, wholes), trained, sent, before)
-        result = _bits(_digest(torch.cat([values, floats])))
+        result = _bits(values_digest(torch.cat([values, floats])))
         largest = self._largest([result, -result, int(bool(wrong))])
         # Where a member was lost, the manager has the error, and should_commit says no.
         if largest is not None and (largest[2] or largest[0] != -largest[1]):
@@ -316,7 +316,7 @@ class ManagedRounds:
             other_bytes=0,
             wait_seconds=waited,
             wire_seconds=wired,
-            digest=_digest(self._anchor),
+            digest=values_digest(self._anchor),
         )
         return self.last
 
@@ -358,10 +358,6 @@ class _Merged:
     participants: int  # that have trained
     sent: int  # bytes
     outer: dict[str, Any]  # the outer optimizer's state before it
-
-
-def _digest(values: Tensor) -> str:
-    return hashlib.sha256(raw_bytes(values)).hexdigest()
 
 
 def _bits(text: str) -> int:

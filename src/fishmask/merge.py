@@ -84,7 +84,7 @@ class Shared:
         chunk = -(-self.union // wire.size)
         received = wire.swap(_rows(values, wire.size, chunk))
         base = _rows(anchor, wire.size, chunk)[wire.rank].double()
-        merged = (base + _sum(row.double() - base for row in received) / divisor).float()
+        merged = (base + ordered_sum(row.double() - base for row in received) / divisor).float()
         return wire.gather(merged).view(-1)[: self.union], residual
 
     def _coded(self, wire: Wire, proposal: Proposal, divisor: int) -> tuple[Tensor, Residual]:
@@ -94,7 +94,7 @@ class Shared:
         sent = encode(wanted, self._payload)
         received = decode(wire.swap(sent), self._payload, chunk)
         rest = _rows(residual.merged, wire.size, chunk)
-        mine = (_sum(row.double() for row in received) / divisor + rest[wire.rank]).float()
+        mine = (ordered_sum(row.double() for row in received) / divisor + rest[wire.rank]).float()
         coded = encode(mine, self._payload)
         merged = decode(wire.gather(coded), self._payload, chunk).view(-1)[: self.union]
         rest[wire.rank] = mine - decode(coded, self._payload, chunk)
@@ -212,6 +212,6 @@ def _rows(vector: Tensor, rows: int, chunk: int) -> Tensor:
     return pad(vector, (0, rows * chunk - len(vector))).clone().view(rows, chunk)
 
 
-def _sum(terms: Iterable[Tensor]) -> Tensor:
+def ordered_sum(terms: Iterable[Tensor]) -> Tensor:
     """Add tensors one after the other, in their order."""
     return reduce(torch.add, terms)

@@ -10,7 +10,6 @@ The second use of a fixed mask in the paper (section 3), on real processes. A ro
 Whatever fails before the commit fails on all workers, and leaves all their values as they were.
 """
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +28,7 @@ from fishmask.attach import Tuning
 from fishmask.ballot import Standing, propose, vote
 from fishmask.buffers import read_buffers, write_buffers
 from fishmask.errors import FishError, HandshakeError, RoundError
-from fishmask.fingerprint import raw_bytes
+from fishmask.fingerprint import values_digest
 from fishmask.handshake import Facts, agree, checksums
 from fishmask.mask import Mask, Patterns
 from fishmask.merge import Proposal, Residual, Shared
@@ -325,7 +324,7 @@ class LocalRounds:
         self._residual = Residual(own, self._residual.merged)
         if self._outer is not None:
             self._outer.carry(self._union.mask, self._anchor)
-        self._digest = _digest(self._anchor)
+        self._digest = values_digest(self._anchor)
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -440,7 +439,7 @@ class LocalRounds:
             self._outer = Outer(self._make_outer, union.mask, self._anchor)
             if given.get("outer") is not None:
                 self._outer.load_state_dict(given["outer"])
-        self._digest = _digest(self._anchor)
+        self._digest = values_digest(self._anchor)
 
     # --- a round ------------------------------------------------------------------------------------------------------
 
@@ -521,7 +520,7 @@ class LocalRounds:
             wrong = "" if bool(values.isfinite().all()) else "the merged values are not finite"
         except Exception as error:  # a user's optimizer may raise anything
             wrong = f"{type(error).__name__}: {error}"
-        digest = _digest(values)
+        digest = values_digest(values)
         try:
             vote(wire, self.number, digest, wrong)
         except BaseException:
@@ -635,7 +634,3 @@ class LocalRounds:
                 f"there are steps that have not been exchanged, so the workers differ and cannot {wish}: do it right "
                 "after a round (when pending is 0), or call round() on all workers first"
             )
-
-
-def _digest(values: Tensor) -> str:
-    return hashlib.sha256(raw_bytes(values)).hexdigest()
