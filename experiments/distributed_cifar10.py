@@ -48,8 +48,8 @@ from experiments.images import TrainingImages, read_images
 from experiments.masked_sgd import MOMENTUM, WEIGHT_DECAY, sgd
 from experiments.resnet import HEADS, resnet9, resnet34
 from fishmask import LocalRounds, Mask, attach
-from fishmask.attach import paused
 from fishmask.errors import RoundError
+from fishmask.live import paused
 from fishmask.measure import environment
 from fishmask.params import canonical_parameters
 from fishmask.protocol import PRESETS

@@ -711,6 +711,7 @@ def test_an_average_of_an_attached_model_is_a_plain_model() -> None:
     for _ in range(3):
         model(torch.ones(3, 4)).sum().backward()
         optimizer.step()
+        optimizer.zero_grad()
         average.update_parameters(model)
     weight = average.module.weight.detach().clone()
     average(torch.ones(1, 4))

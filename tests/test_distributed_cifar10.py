@@ -15,7 +15,7 @@ from experiments.from_scratch import Images, score, training_batches
 from experiments.images import TrainingImages
 from experiments.resnet import resnet9
 from fishmask import Mask
-from fishmask.attach import paused
+from fishmask.live import paused
 from tests.team import Team
 
 # Sixteen steps of each worker, of which the first four are dense.

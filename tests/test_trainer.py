@@ -15,7 +15,7 @@ import transformers
 from transformers import BertForSequenceClassification, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from fishmask import FishError, Mask, attach, pointer
-from fishmask.attach import tuning_of
+from fishmask.live import tuning_of
 from fishmask.log import CheckpointLog
 from fishmask.trainer import CheckpointCallback
 

@@ -1,5 +1,7 @@
 """fishmask: train a fixed, sparse set of a model's parameters, those with the largest Fisher information."""
 
+from typing import TYPE_CHECKING, Any
+
 from fishmask import data_parallel, exchange
 from fishmask.attach import Tuning, attach
 from fishmask.delta import Delta, load
@@ -8,21 +10,43 @@ from fishmask.fisher import fisher, scores
 from fishmask.log import CheckpointLog
 from fishmask.mask import Mask
 from fishmask.rounds import LocalRounds
+from fishmask.switch import Switch
+
+if TYPE_CHECKING:
+    from fishmask.fish_config import FishConfig
+    from fishmask.fish_model import FishModel, get_fish_model
 
 __version__ = "0.1.0"
 __all__ = [
     "CheckpointLog",
     "Delta",
+    "FishConfig",
     "FishError",
+    "FishModel",
     "HandshakeError",
     "LocalRounds",
     "Mask",
     "RoundError",
+    "Switch",
     "Tuning",
     "attach",
     "data_parallel",
     "exchange",
     "fisher",
+    "get_fish_model",
     "load",
     "scores",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs peft when it is first asked for: peft and transformers take seconds to import."""
+    if name == "FishConfig":
+        from fishmask.fish_config import FishConfig
+
+        return FishConfig
+    if name in ("FishModel", "get_fish_model"):
+        from fishmask import fish_model
+
+        return getattr(fish_model, name)
+    raise AttributeError(f"module 'fishmask' has no attribute {name!r}")

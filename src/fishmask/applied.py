@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fishmask.attach import is_attached
 from fishmask.errors import FishError
 from fishmask.fingerprint import raw_bits
+from fishmask.live import is_attached
 from fishmask.params import canonical_parameters, put
 
 Entries = Mapping[str, tuple[Tensor, Tensor]]  # name -> sorted flat indices (int64, CPU), values in the weight's dtype

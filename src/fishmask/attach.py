@@ -9,22 +9,21 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from fishmask.carry import carried, carry_optimizer, check_carriable, refuse_retired, retire
+from fishmask.carry import carried, carry_optimizer, check_carriable, retire
 from fishmask.errors import FishError
 from fishmask.handshake import agree
+from fishmask.live import LIVE, TRAINERS, hook_optimizers, is_attached
 from fishmask.mask import Mask
-from fishmask.originals import Originals
+from fishmask.originals import Originals, Present
 from fishmask.params import aliases, canonical_parameters, put, take
 from fishmask.sharded import Part, Shards, is_sharded
 from fishmask.sites import DenseGradient, Entry, Hook, Site, hook_input_embeddings, site_for
@@ -85,6 +84,8 @@ class Tuning:
         reduced: Whether a ``Replica`` has shown the values to ``DistributedDataParallel``.
     """
 
+    _flat: Tensor  # float32 [k]: all values, in the order of the entries
+
     def __init__(self, model: nn.Module, mask: Mask) -> None:
         if is_attached(model):
             raise FishError(
@@ -97,6 +98,8 @@ class Tuning:
         self.model = model
         self.loads = 0
         self._attached = True
+        self._away: Present | None = None
+        self._step_hooks: OrderedDict[int, Callable[[Optimizer], None]] = OrderedDict()
         self._entries: dict[str, Entry] = {}
         self._adopted: dict[str, Tensor] = {}
         self._required_grad = {name: p.requires_grad for name, p in parameters.items()}
@@ -118,22 +121,27 @@ class Tuning:
         self._sites: list[Site] = []
         self._site_handles: list[RemovableHandle] = []
         self._watch = Watch(self._found_elsewhere)
-        self._paused = self._stepping = self.reduced = False
-        self._step_hooks: OrderedDict[int, Callable[[Optimizer], None]] = OrderedDict()
+        self._paused = self._disabled = self._stepping = self.reduced = False
         self._counted: nn.Parameter | None = None  # one of the values, by which the optimizer is known that counts
+        self._clearing: RemovableHandle | None = None
         self._forwards = 0  # those with gradients since the mask was set
         self._handles = [
             self.model.register_forward_pre_hook(Hook(self._before_forward), prepend=True),
             self.model.register_forward_hook(Hook(self._after_forward), always_call=True),
             *hook_input_embeddings(self.model),
         ]
-        _LIVE.add(self)
-        _hook_optimizers()
+        LIVE.add(self)
+        hook_optimizers()
 
     @property
     def attached(self) -> bool:
         """Whether the model is attached still."""
         return self._attached
+
+    @property
+    def suspended(self) -> bool:
+        """Whether the model has its base back until ``resume``."""
+        return self._away is not None
 
     @property
     def general(self) -> tuple[str, ...]:
@@ -292,8 +300,114 @@ class Tuning:
         retire(self.parameters())
 
     @torch.no_grad()
+    def suspend(self) -> None:
+        """Give the model its base back, bit for bit, and let go of it until ``resume``.
+
+        Values, optimizer state, the mask's history and the hooks of ``on_step`` wait. Meanwhile the model is a plain
+        one: another mask may be attached to it, or it may be moved and converted (then call ``rebase``).
+
+        Raises:
+            FishError: The model is not attached, or is sharded.
+        """
+        self._check_attached()
+        if self._shards is not None:
+            raise FishError("a model sharded by FSDP2 cannot be suspended: revert() it, and attach again")
+        self.write_back()
+        self._away = self.originals.present(self.model)
+        self.originals.restore(self.model)
+        self._release()
+
+    @torch.no_grad()
+    def resume(self) -> None:
+        """Go on where ``suspend`` stopped; the same optimizer serves.
+
+        Raises:
+            FishError: It is not suspended, the model is attached otherwise, or its masked entries are not the base's.
+        """
+        if self._away is None:
+            raise FishError("this Tuning is not suspended, so there is nothing to resume")
+        if is_attached(self.model):
+            raise FishError("this model is attached by another Tuning: suspend(), detach() or revert() that one first")
+        if changed := self.originals.differing(self.model):
+            raise FishError(
+                f"the model is no longer the base of this Tuning: other weights in {', '.join(changed)}. Undo that "
+                "change; after moving or converting the model call rebase() before resume()"
+            )
+        self._away.write(self.model)
+        self._away, self._attached = None, True
+        with torch.inference_mode(False):
+            self._begin()
+            self._hook()
+        for name, p in canonical_parameters(self.model).items():
+            p.requires_grad_(name in self._general)
+        for values in self.parameters():
+            values.requires_grad_(True)
+        self.write_back()
+
+    @torch.no_grad()
+    def rebase(self) -> None:
+        """Take the suspended model's present weights for the base: those it was moved or converted to.
+
+        Values keep their identity and their float32 numbers, so an optimizer of them still serves; where the device is
+        another one, its state has to move too, as after moving any model.
+
+        Raises:
+            FishError: It is not suspended.
+        """
+        if self._away is None:
+            raise FishError("rebase() is for a suspended Tuning: call suspend() before moving or converting the model")
+        parameters, touched = canonical_parameters(self.model), self.originals.indices
+        with torch.inference_mode(False):
+            self.originals = Originals(self.model)
+            for name, indices in touched.items():
+                self.originals.remember(name, parameters[name], indices)
+            device = parameters[next(iter(self._entries))].device
+            self._flat = self._flat.to(device)
+            for name, entry, part in zip(self._entries, self._entries.values(), self._parts(), strict=True):
+                entry.weight, entry.indices = parameters[name], entry.indices.to(device)
+                grad, entry.values.grad = entry.values.grad, None
+                entry.values.data = part
+                entry.values.grad = None if grad is None else grad.to(device)
+            self._adopted = {name: indices.to(device) for name, indices in self._adopted.items()}
+        self._away = self._away.like(self.model)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Have the model be its base for a while, at the cost of k; training goes on afterwards.
+
+        Forwards inside give what the base gives, and no gradient for the values.
+
+        Raises:
+            FishError: The model is not attached.
+        """
+        self._check_attached()
+        if self._disabled:
+            yield
+            return
+        with torch.no_grad():
+            self.write_back()
+        weights = [self._entries[name].weight for name in self._general]
+        with self.originals.put_back(self.model):
+            self._disabled = True
+            self._pause(self._paused)
+            for weight in weights:
+                weight.requires_grad_(False)
+            try:
+                yield
+            finally:
+                self._disabled = False
+                self._pause(self._paused)
+                for weight in weights:
+                    weight.requires_grad_(True)
+
+    @torch.no_grad()
     def revert(self) -> None:
         """Restore the base bit for bit, also after ``detach``: entries ever masked, and buffers changed by training."""
+        if self._away is not None:
+            self._away = None
+            self._step_hooks.clear()
+            retire(self.parameters())
+            return
         self.settled_parameters()
         self.originals.check(self.model)
         if self._attached:
@@ -301,10 +415,14 @@ class Tuning:
         self.originals.restore(self.model)
 
     @torch.no_grad()
-    def delta(self) -> "Delta":
-        """Return what training changed: every entry ever masked, in the weights' own dtype, and changed buffers.
+    def delta(self, precision: Literal["weights", "values"] = "weights") -> "Delta":
+        """Return what training changed: every entry ever masked, and changed buffers.
 
         Buffers matter where training moves them, such as the running statistics of BatchNorm.
+
+        Args:
+            precision: "weights", numbers in the weights' own dtype; "values", the float32 numbers that are trained, so
+                that training can go on from them. They give the same weights.
         """
         from fishmask.delta import Delta
         from fishmask.fingerprint import fingerprint
@@ -315,6 +433,11 @@ class Tuning:
         self.originals.check(self.model)
         touched = Mask.from_indices(self.originals.indices, shapes=self.model)
         values = {name: take(parameters[name], indices) for name, indices in touched.indices.items()}
+        if precision == "values":
+            for name, entry in self._entries.items():
+                values[name] = values[name].float()
+                places = torch.searchsorted(touched.indices[name], entry.indices.cpu())
+                values[name][places.to(entry.indices.device)] = entry.values.detach()
         config = getattr(self.model, "config", None)
         return Delta(
             touched,
@@ -326,20 +449,20 @@ class Tuning:
         )
 
     def __repr__(self) -> str:
-        state = "attached" if self._attached else "detached"
+        state = "attached" if self._attached else "detached" if self._away is None else "suspended"
         return f"Tuning({type(self.model).__name__}, k={self.mask.k:,} of {self.mask.n:,}, {state})"
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out hooks and the flat vector; ``__setstate__`` makes them again."""
-        kept = ("model", "mask", "loads", "_attached", "_adopted", "_required_grad", "originals", "_entries")
+        kept = ("model", "mask", "loads", "_attached", "_away", "_adopted", "_required_grad", "originals", "_entries")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._shards = Shards.of(self.model)
-        entries = self._entries.values()
-        self._flat = torch.cat([entry.values.detach() for entry in entries])
-        for entry, values in zip(entries, self._flat.split([len(e.indices) for e in entries]), strict=True):
+        self._step_hooks = OrderedDict()
+        self._flat = torch.cat([entry.values.detach() for entry in self._entries.values()])
+        for entry, values in zip(self._entries.values(), self._parts(), strict=True):
             entry.values.data = values
         self._written = self._version()
         if self._attached:
@@ -348,7 +471,14 @@ class Tuning:
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
+    def _parts(self) -> tuple[Tensor, ...]:
+        """Return the flat vector's parts, one for each parameter with entries."""
+        parts: tuple[Tensor, ...] = self._flat.split([len(entry.indices) for entry in self._entries.values()])
+        return parts
+
     def _check_attached(self) -> None:
+        if self._away is not None:
+            raise FishError("this Tuning is suspended, and its model is the base: call resume() first")
         if not self._attached:
             raise FishError("this Tuning is no longer attached to its model: call fishmask.attach(model, mask) again")
 
@@ -378,9 +508,30 @@ class Tuning:
             self._counted = next(p for p in values if id(p) in held)
         return id(self._counted) in held
 
+    def _expect_cleared(self, optimizer: Optimizer) -> None:
+        """After a step: a gradient it has used, and that the next backward adds to, is a mistake of a trainer."""
+        if self._clearing is not None:
+            self._clearing.remove()
+            self._clearing = None
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        values = next((p for p in self.parameters() if id(p) in held and p.grad is not None), None)
+        if values is None or values.grad is None:
+            return
+        stepped, version = ref(values.grad), values.grad._version
+
+        def check(values: Tensor) -> None:
+            # The one change since the step is that a gradient was added: nobody has zeroed it in between.
+            if values.grad is not None and values.grad is stepped() and values.grad._version == version + 1:
+                raise FishError(
+                    "the gradients of the values were not cleared since the last step, so the next one would take them "
+                    f"a second time: call optimizer.zero_grad() after each step; {TRAINERS}"
+                )
+
+        self._clearing = values.register_post_accumulate_grad_hook(check)
+
     def _write_changes(self) -> None:
         """Write the values back if they have changed, or may have: within a step their version does not tell."""
-        if self._stepping or self._version() != self._written:
+        if not self._disabled and (self._stepping or self._version() != self._written):
             self.write_back()
 
     @torch.no_grad()
@@ -447,17 +598,20 @@ class Tuning:
         self._watch, self._forwards = Watch(self._found_elsewhere), 0
 
     def _let_go(self) -> None:
+        self._release()
+        self._step_hooks.clear()
+
+    def _release(self) -> None:
         self._unhook()
         for handle in self._handles:
             handle.remove()
         for name, p in self.settled_parameters().items():
             p.requires_grad_(self._required_grad.get(name, p.requires_grad))
         self._attached = False
-        self._step_hooks.clear()
-        _LIVE.discard(self)
+        LIVE.discard(self)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or self._paused:
+        if torch.compiler.is_compiling() or self._paused or self._disabled:
             return
         self._write_changes()
         if self._shards is None and hasattr(module, "unshard"):
@@ -502,77 +656,11 @@ class Tuning:
     def _pause(self, paused: bool) -> None:
         self._paused = paused
         for site in self._sites:
-            site.paused = paused
+            site.paused = paused or self._disabled
 
     def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
         self.loads += 1
         self.read_back()
-
-
-_LIVE: "WeakSet[Tuning]" = WeakSet()
-
-
-def is_attached(model: nn.Module) -> bool:
-    """Whether ``model`` shares a parameter with a model that is attached."""
-    return bool(_tunings_of(model))
-
-
-@contextmanager
-def paused(model: nn.Module) -> Iterator[None]:
-    """Take the gradient of the weights themselves, as on a model that is not attached, to score it in mid-training."""
-    tunings = _tunings_of(model)
-    for tuning in tunings:
-        tuning._write_changes()
-        tuning._pause(True)
-    try:
-        yield
-    finally:
-        for tuning in tunings:
-            tuning._pause(False)
-
-
-def tuning_of(model: nn.Module) -> "Tuning | None":
-    """Return the tuning that ``model``, or a wrapper of it, is attached by; None when it is not attached.
-
-    Raises:
-        ValueError: Several parts of it are attached apart.
-    """
-    tunings = _tunings_of(model)
-    if len(tunings) > 1:
-        raise ValueError(f"{len(tunings)} parts of this model are attached apart; pass the Tuning that is meant")
-    return tunings[0] if tunings else None
-
-
-def _tunings_of(model: nn.Module) -> "list[Tuning]":
-    own = {id(p) for p in model.parameters()}
-    return [tuning for tuning in list(_LIVE) if any(id(p) in own for p in tuning.model.parameters())]
-
-
-@cache
-def _hook_optimizers() -> None:
-    """Have every optimizer of the process write values back after its step."""
-
-    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        refuse_retired(optimizer)
-        for tuning in _trained_by(optimizer):
-            tuning._stepping = True  # a closure runs forwards inside the step
-
-    def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # The version of a tensor does not tell: fused optimizers on the CPU change it unnoticed.
-        for tuning in _trained_by(optimizer):
-            tuning._stepping = False
-            tuning.write_back()
-            if tuning._step_hooks and tuning._counts(optimizer):
-                for hook in list(tuning._step_hooks.values()):
-                    hook(optimizer)
-
-    register_optimizer_step_pre_hook(before_step)
-    register_optimizer_step_post_hook(after_step)
-
-
-def _trained_by(optimizer: Optimizer) -> "list[Tuning]":
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [tuning for tuning in list(_LIVE) if any(id(values) in held for values in tuning.parameters())]
 
 
 def _fitting(mask: Mask, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Mask:

@@ -75,8 +75,7 @@ def between(
     Example: fishmask delta between bert-base-uncased my-sparse-model -o delta
     """
     from fishmask.delta import Delta
-    from fishmask.hub import load_like
-    from fishmask.run import DELTA_FILE
+    from fishmask.hub import DELTA_FILE, load_like
 
     with working("comparing"):
         after = load_like(tuned)

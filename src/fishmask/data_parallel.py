@@ -56,17 +56,9 @@ class Replica(nn.Module):
         super().__init__()
         self.tuning, self.model = tuning, tuning.model
         self.values = _Values(tuning.parameters())
-        parameters = tuning.settled_parameters()
-        shapes = {name: f"{p.dtype} {tuple(p.shape)}" for name, p in parameters.items()}
-        wire = Wire(group)
-        agree(wire, {"parameters": shapes, "mask": tuning.mask.digest})
-        agree(wire, {"weights": checksums(parameters)})
-        state = persistent_buffers(tuning.model)
-        ignored = [name for name, _ in tuning.model.named_parameters(remove_duplicate=False)]
-        ignored += [name for name, _ in tuning.model.named_buffers(remove_duplicate=False) if name not in state]
+        agree_on(tuning, group)
         # The name is DDP's.
-        self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in ignored]
-        tuning.reduced = True
+        self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in ignored_by_ddp(tuning.model)]
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,9 +70,7 @@ class Replica(nn.Module):
         """
         self._check()
         output = self.model(*args, **kwargs)
-        ddp = DistributedDataParallel._active_ddp_module
-        if ddp is not None and ddp.find_unused_parameters and not ddp.static_graph and torch.is_grad_enabled():
-            self._refuse_unseen()  # also those that this forward has only just found
+        refuse_unseen(self.tuning)  # also those that this forward has only just found
         return output
 
     def _check(self) -> None:
@@ -91,13 +81,44 @@ class Replica(nn.Module):
                 "make a new Replica and a new DistributedDataParallel after set_mask() or attach()"
             )
 
-    def _refuse_unseen(self) -> None:
-        if unseen := list(self.tuning.general):
-            raise FishError(
-                "find_unused_parameters=True takes the values of these parameters for unused, because their gradient "
-                f"is gathered by hooks and not by the graph: {', '.join(unseen)}. Use static_graph=True, which finds "
-                "unused ones too, or leave them out of the mask"
-            )
+
+def under_ddp() -> bool:
+    """Whether a forward of ``DistributedDataParallel`` is under way."""
+    return DistributedDataParallel._active_ddp_module is not None
+
+
+def agree_on(tuning: Tuning, group: dist.ProcessGroup | None = None) -> None:
+    """Compare masks and weights of all workers, which DDP will not move; collective.
+
+    Raises:
+        HandshakeError: They differ.
+    """
+    parameters = tuning.settled_parameters()
+    shapes = {name: f"{p.dtype} {tuple(p.shape)}" for name, p in parameters.items()}
+    wire = Wire(group)
+    agree(wire, {"parameters": shapes, "mask": tuning.mask.digest})
+    agree(wire, {"weights": checksums(parameters)})
+    tuning.reduced = True
+
+
+def ignored_by_ddp(model: nn.Module) -> list[str]:
+    """Name what DDP must leave alone in an attached model: its weights, and the buffers outside its state."""
+    state = persistent_buffers(model)
+    ignored = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return ignored + [name for name, _ in model.named_buffers(remove_duplicate=False) if name not in state]
+
+
+def refuse_unseen(tuning: Tuning) -> None:
+    """Raise FishError where DDP looks for unused parameters and cannot see that some values are used."""
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is None or not ddp.find_unused_parameters or ddp.static_graph or not torch.is_grad_enabled():
+        return
+    if unseen := list(tuning.general):
+        raise FishError(
+            "find_unused_parameters=True takes the values of these parameters for unused, because their gradient "
+            f"is gathered by hooks and not by the graph: {', '.join(unseen)}. Use static_graph=True, which finds "
+            "unused ones too, or leave them out of the mask"
+        )
 
 
 class _Values(nn.ParameterList):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -214,21 +215,29 @@ class Delta:
         """
         if applied.is_applied(model, self):
             raise FishError("this delta is applied to this model already; revert it first")
-        names = aliases(model)
-        targets = applied.targets(model)
+        self.check(model, check_base)
+        applied.write(model, self, self.entries(model))
+
+    def check(self, model: nn.Module, check_base: bool = True) -> None:
+        """Raise the FishError that ``apply`` would raise if the delta does not fit ``model``; costs a hash of it."""
+        names, targets = aliases(model), applied.targets(model)
         problems = self._misfits(targets, names)
         others = self._other_base(model, targets, names) if check_base else []
         if problems or others:
             hint = "" if problems else ";\ncheck_base=False applies the delta to this model anyway"
             listed = ";\n  ".join((*problems, *others))
             raise FishError(f"the delta does not fit this model:\n  {listed}{hint}")
+
+    def entries(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return what ``apply`` writes: indices and values (CPU, in the dtypes of ``model``) by its canonical names."""
+        names, targets = aliases(model), applied.targets(model)
         entries: dict[str, tuple[Tensor, Tensor]] = {}
         for name, values in self.values.items():
             target = names.get(name, name)
             entries[target] = (self.mask.indices[name], values.to(targets[target].dtype))
         for name, buffer in self.buffers.items():
             entries[name] = (torch.arange(buffer.numel()), buffer.reshape(-1).to(targets[name].dtype))
-        applied.write(model, self, entries)
+        return entries
 
     def revert(self, model: nn.Module) -> None:
         """Take the values back out of the model: its weights are, bit for bit, what they were without this delta.
@@ -285,17 +294,28 @@ class Delta:
         return [name for name, text in hashes.items() if self.base.short[name] != text[:SHORT]]
 
 
-def load(model: nn.Module, path: str | PathLike[str]) -> Delta:
-    """Read a delta from a file and apply it to its base model.
+def load(model: nn.Module, path: str | PathLike[str], *, revision: str | None = None) -> Delta:
+    """Read a delta and apply it to its base model.
+
+    Args:
+        model: The base.
+        path: A file; a folder that ``fishmask train``, a Trainer or ``save_pretrained`` wrote; or a name on the hub.
+        revision: Which version on the hub.
 
     Returns:
         The delta, for a later ``revert``.
 
     Raises:
-        FishError: The file is damaged or the delta does not fit the model.
+        FishError: The file is damaged or the delta does not fit the model; or there is no delta at that place.
         OSError: The file cannot be read.
     """
-    delta = Delta.load(path)
+    from fishmask.hub import adapter_folder, delta_in
+
+    file = Path(path)
+    # A name on the hub is "somebody/something"; whatever else is missing is a missing file.
+    if file.is_dir() or (not file.exists() and len(file.parts) == 2 and not file.suffix):
+        file = delta_in(adapter_folder(path, **({} if revision is None else {"revision": revision})))
+    delta = Delta.load(file)
     delta.apply(model)
     return delta
 

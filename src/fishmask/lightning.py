@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from fishmask import rng
-from fishmask.attach import Tuning, tuning_of
+from fishmask.attach import Tuning
 from fishmask.errors import FishError
+from fishmask.live import tuning_of
 from fishmask.log import CheckpointLog
 from fishmask.moments import check_members
 from fishmask.pointer import Pointer

@@ -25,13 +25,14 @@ from torch.optim import Optimizer
 
 from fishmask import history, sharded, tree
 from fishmask import rng as generators
-from fishmask.attach import Tuning, tuning_of
+from fishmask.attach import Tuning
 from fishmask.container import Content
 from fishmask.errors import FishError
 from fishmask.fingerprint import raw_bits
 from fishmask.folder import Commit, LogFolder, commit_of
 from fishmask.follow import Followed, Overlay, lay_over, left_entries
 from fishmask.history import Problem, Reference, Segment, Snapshot, changes, write_entries
+from fishmask.live import tuning_of
 from fishmask.mask import Mask
 from fishmask.moments import check_members, gather
 from fishmask.params import take

@@ -21,6 +21,34 @@ class _Original:
     def write(self, weight: Tensor) -> None:
         put(weight, self.indices.to(self.bits.device), self.bits)
 
+    def is_in(self, weight: Tensor | None) -> bool:
+        if weight is None or (weight.dtype, weight.device) != (self.bits.dtype, self.bits.device):
+            return False
+        return torch.equal(raw_bits(take(weight, self.indices)), raw_bits(self.bits))
+
+
+@dataclass
+class Present:
+    """What a model was, at remembered entries and in changed buffers, while it is its base."""
+
+    entries: dict[str, _Original]
+    buffers: dict[str, Tensor]
+
+    def write(self, model: nn.Module) -> None:
+        """Make ``model`` that again, in place."""
+        parameters, buffers = canonical_parameters(model), persistent_buffers(model)
+        with torch.no_grad():
+            for name, entries in self.entries.items():
+                entries.write(parameters[name])
+            for name, buffer in self.buffers.items():
+                buffers[name].copy_(buffer)
+
+    def like(self, model: nn.Module) -> "Present":
+        """Return the same in the dtypes and on the devices that ``model`` has now."""
+        parameters = canonical_parameters(model)
+        moved = {name: _Original(o.indices, o.bits.to(parameters[name])) for name, o in self.entries.items()}
+        return Present(moved, self.buffers)
+
 
 class Originals:
     """The base's bits at every entry masked since attaching, k numbers for one mask, and copies of the buffers."""
@@ -97,19 +125,24 @@ class Originals:
     @contextmanager
     def put_back(self, model: nn.Module) -> Iterator[None]:
         """Have ``model`` hold its base for a while, without a copy of it."""
-        parameters, buffers = canonical_parameters(model), persistent_buffers(model)
-        present = {name: _Original(o.indices, take(parameters[name], o.indices)) for name, o in self._entries.items()}
-        changed = self.changed_buffers(model)
+        present = self.present(model)
         try:
             with torch.no_grad():
                 self.restore(model)
             yield
         finally:
-            with torch.no_grad():
-                for name, entries in present.items():
-                    entries.write(parameters[name])
-                for name, buffer in changed.items():
-                    buffers[name].copy_(buffer)
+            present.write(model)
+
+    def present(self, model: nn.Module) -> Present:
+        """Return what ``model`` is now, where it may differ from its base."""
+        parameters = canonical_parameters(model)
+        entries = {name: _Original(o.indices, take(parameters[name], o.indices)) for name, o in self._entries.items()}
+        return Present(entries, self.changed_buffers(model))
+
+    def differing(self, model: nn.Module) -> list[str]:
+        """Name the parameters whose remembered entries are not the base's; costs k, where ``check`` costs n."""
+        parameters = canonical_parameters(model)
+        return [name for name, original in self._entries.items() if not original.is_in(parameters.get(name))]
 
     def bits(self, name: str, indices: Tensor) -> Tensor:
         """Return the base's bits (CPU) at remembered entries, as integers; ``indices`` are sorted and on the CPU."""

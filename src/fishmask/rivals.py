@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fishmask.attach import is_attached
 from fishmask.data import Encoded
 from fishmask.errors import Diverged, FishError
+from fishmask.live import is_attached
 from fishmask.loop import Progress, autocast, device_of, no_progress, other_batches, to_device
 from fishmask.mask import Mask
 from fishmask.params import canonical_parameters, matching, take

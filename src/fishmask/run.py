@@ -17,7 +17,7 @@ from torch import Tensor
 from fishmask.data import Encoded, Examples, Task, encode, read_examples
 from fishmask.delta import Delta
 from fishmask.errors import FishError
-from fishmask.hub import load_for_training, load_like, load_tokenizer, save_model
+from fishmask.hub import DELTA_FILE, delta_in, load_for_training, load_like, load_tokenizer, save_model
 from fishmask.log import CheckpointLog
 from fishmask.loop import Progress, no_progress
 from fishmask.mask import Mask
@@ -26,7 +26,6 @@ from fishmask.recipe import Recipe
 from fishmask.rivals import load_adapter, save_adapter
 from fishmask.train import Outcome, fit, predict
 
-DELTA_FILE = "delta.safetensors"
 MODEL_FILE = "model.safetensors"
 ADAPTER_FOLDER = "adapter"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -257,7 +256,7 @@ def read_mask(path: Path) -> Mask:
 
 def delta_file(path: Path) -> Path:
     """Return the file meant by a path that may be the folder of a run."""
-    path = path / DELTA_FILE if path.is_dir() else path
+    path = delta_in(path) if path.is_dir() else path
     if not path.exists():
         raise FishError(f"{path} does not exist; expected a file, or the folder of a training run on a mask")
     return path

@@ -16,10 +16,10 @@ from zipfile import ZIP_DEFLATED, ZipFile
 from fishmask.data import Examples, encode
 from fishmask.errors import FishError
 from fishmask.glue import DIAGNOSTIC, TASKS, GlueTask, glue_task, read_diagnostic, read_glue
-from fishmask.hub import load_tokenizer
+from fishmask.hub import DELTA_FILE, load_tokenizer
 from fishmask.loop import Progress, no_progress
 from fishmask.records import is_search
-from fishmask.run import ADAPTER_FOLDER, DELTA_FILE, MODEL_FILE, load_run, read_run
+from fishmask.run import ADAPTER_FOLDER, MODEL_FILE, load_run, read_run
 from fishmask.train import predict
 
 ZIP_FILE = "submission.zip"

@@ -16,9 +16,9 @@ from typing import Any
 from torch.optim import Optimizer
 
 from fishmask import rng
-from fishmask.attach import tuning_of
 from fishmask.errors import FishError
 from fishmask.folder import Commit
+from fishmask.live import tuning_of
 from fishmask.log import CheckpointLog
 from fishmask.moments import check_members
 from fishmask.pointer import Pointer

@@ -1,0 +1,151 @@
+"""How the mask of an adapter is chosen, as the JSON that PEFT's users know."""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from fishmask.choose import outside_of_layers
+from fishmask.errors import FishError
+from fishmask.fisher import Method, scores
+from fishmask.mask import Mask
+from fishmask.params import canonical_parameters, matching
+
+try:
+    from peft import PeftConfig
+except ImportError as error:
+    raise FishError("adapters with PEFT's verbs need peft: pip install 'fishmask[peft]'") from error
+
+PEFT_TYPE = "FISH"
+Score = Method | Literal["biases"]
+_SCORES = (*get_args(Method), "biases")
+# Where transformers puts the new head of a task, which is trained whole as PEFT does.
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+@dataclass
+class FishConfig(PeftConfig):  # type: ignore[misc]
+    """The settings of one adapter: which entries it trains. Saved as ``adapter_config.json``.
+
+    The fields of ``PeftConfig`` (``task_type``, ``base_model_name_or_path``, ``revision``, ``inference_mode``) mean
+    what they mean there.
+
+    Args:
+        density: Share of the model's entries to train, in (0, 1].
+        score: How entries are scored (``fishmask.scores``): "fisher", "absolute", "gradient" and "snip" need batches;
+            "magnitude" and "random" do not. "biases" trains all biases, whatever the density.
+        examples: How many examples to score on.
+        labels: "given", "expected" or "sampled" (``fishmask.fisher``).
+        keep: Names or patterns of parameters to train whole, counted in the budget. None keeps the new head that the
+            task type has: ``classifier`` or ``score`` for SEQ_CLS and TOKEN_CLS, ``qa_outputs`` for QUESTION_ANS.
+        exclude: Names or patterns of parameters never chosen from.
+        among: "all" parameters, or the weight matrices of the model's "layers" alone, which did best with "random".
+        engine: The engine of ``fishmask.fisher``.
+        seed: Of "random" and of sampled labels.
+
+    Raises:
+        ValueError: A setting is not one of those named here.
+
+    Example:
+        >>> config = FishConfig(task_type="SEQ_CLS", density=0.005, score="random", among="layers")
+        >>> config.peft_type
+        'FISH'
+    """
+
+    density: float = field(default=0.005)
+    score: Score = field(default="fisher")
+    examples: int = field(default=1024)
+    labels: Literal["given", "expected", "sampled"] = field(default="given")
+    keep: list[str] | None = field(default=None)
+    exclude: list[str] = field(default_factory=list)
+    among: Literal["all", "layers"] = field(default="all")
+    engine: Literal["auto", "batched", "loop"] = field(default="auto")
+    seed: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density is a share in (0, 1], got {self.density}")
+        if self.examples < 1:
+            raise ValueError(f"examples must be at least 1, got {self.examples}")
+        for name, known in (
+            ("score", _SCORES),
+            ("labels", ("given", "expected", "sampled")),
+            ("among", ("all", "layers")),
+            ("engine", ("auto", "batched", "loop")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("keep", "exclude"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> "FishConfig":
+        """Make the config from the content of an ``adapter_config.json``, whose unknown fields are ignored.
+
+        Raises:
+            ValueError: It is the config of another method.
+        """
+        if (found := kwargs.get("peft_type", PEFT_TYPE)) != PEFT_TYPE:
+            raise ValueError(f"this adapter is of type {found}, not {PEFT_TYPE}: load it with peft")
+        known = {item.name for item in fields(cls)}
+        if unknown := sorted(set(kwargs) - known):
+            warnings.warn(
+                f"unknown settings of an adapter are ignored: {', '.join(unknown)}", UserWarning, stacklevel=2
+            )
+        return cls(**{name: value for name, value in kwargs.items() if name in known})
+
+    def replaced(self, **changes: Any) -> "FishConfig":
+        """Return a copy with other settings."""
+        return replace(self, **changes)
+
+    def kept(self, model: nn.Module) -> list[str]:
+        """Return the patterns of the parameters of ``model`` to train whole."""
+        if self.keep is not None:
+            return list(self.keep)
+        names = list(canonical_parameters(model))
+        heads = _HEADS.get(str(getattr(self.task_type, "value", self.task_type)), ())
+        return [head for head in heads if any(head in name.split(".") for name in names)]
+
+    def choose(self, model: nn.Module, batches: Iterable[Any] | None = None, *, progress: bool = False) -> Mask:
+        """Choose the mask on a model, and leave the model as it is.
+
+        Args:
+            model: The base.
+            batches: As for ``fishmask.fisher``; scores that need none ignore them.
+            progress: Show a progress bar while scoring.
+
+        Raises:
+            ValueError: The score needs batches, or a pattern matches nothing.
+            FishError: As for ``fishmask.fisher``.
+        """
+        keep = self.kept(model)
+        if self.score == "biases":
+            return Mask.biases(model, keep=keep)
+        exclude = [*self.exclude, *(outside_of_layers(model, keep) if self.among == "layers" else ())]
+        if self.score == "random":
+            return Mask.random(model, self.density, self.seed, keep=keep, exclude=exclude)
+        if self.score == "magnitude":
+            return Mask.magnitude(model, self.density, keep=keep, exclude=exclude)
+        if batches is None:
+            raise ValueError(
+                f"score={self.score!r} is computed on examples: pass batches, for instance "
+                "get_fish_model(model, config, batches); 'random' and 'magnitude' need none"
+            )
+        matching(canonical_parameters(model), keep, "keep")  # before the scoring, which takes long
+        matching(canonical_parameters(model), exclude, "exclude")
+        found = scores(
+            model,
+            batches,
+            method=self.score,
+            labels=self.labels,
+            examples=self.examples,
+            engine=self.engine,
+            seed=self.seed,
+            progress=progress,
+        )
+        return Mask.from_scores(found, self.density, keep=keep, exclude=exclude)
