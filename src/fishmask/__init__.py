@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from fishmask import data_parallel, exchange
 from fishmask.attach import Tuning, attach
+from fishmask.combine import combine
 from fishmask.delta import Delta, load
 from fishmask.errors import FishError, HandshakeError, RoundError
 from fishmask.fisher import fisher, scores
@@ -30,6 +31,7 @@ __all__ = [
     "Switch",
     "Tuning",
     "attach",
+    "combine",
     "data_parallel",
     "exchange",
     "fisher",

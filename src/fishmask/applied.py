@@ -24,7 +24,7 @@ Entries = Mapping[str, tuple[Tensor, Tensor]]  # name -> sorted flat indices (in
 class _Application:
     owner: object
     entries: Entries
-    found: dict[str, Tensor]  # the bits before, as integers, on the weight's device of that time
+    found: Mapping[str, Tensor]  # the bits before, as integers, on the weight's device of that time
 
 
 _history: "WeakKeyDictionary[nn.Module, list[_Application]]" = WeakKeyDictionary()
@@ -38,6 +38,29 @@ def targets(model: nn.Module) -> dict[str, Tensor]:
 def is_applied(model: nn.Module, owner: object) -> bool:
     """Whether ``owner`` has written to this model and not reverted."""
     return any(application.owner is owner for application in _history.get(model, ()))
+
+
+def is_changed(model: nn.Module, but_by: object = None) -> bool:
+    """Whether anything is applied to this model, by others than the owner ``but_by``."""
+    return any(application.owner is not but_by for application in _history.get(model, ()))
+
+
+def record(model: nn.Module, owner: object, entries: Entries, found: Mapping[str, Tensor]) -> None:
+    """Count what ``owner`` has written itself, on top of nothing, as applied; it calls ``forget`` once that is undone.
+
+    Args:
+        model: The model.
+        owner: Whoever wrote; must not refer to the model, which lives as long otherwise.
+        entries: What was written; indices and values may be on the weight's device.
+        found: The bits before, as integers.
+    """
+    _history[model] = [_Application(owner, entries, found)]
+
+
+def forget(model: nn.Module, owner: object) -> None:
+    """Take what ``owner`` wrote for the model's own from now on, or for undone; nothing is written."""
+    if model in _history:
+        _history[model] = [application for application in _history[model] if application.owner is not owner]
 
 
 def write(model: nn.Module, owner: object, entries: Entries) -> None:
