@@ -146,7 +146,8 @@ def test_it_is_the_dense_formula(dtype: torch.dtype, overlap: str, weights: list
     model = Vector(*base.tolist(), dtype=dtype)
     chosen = [torch.randperm(12, generator=g)[:5].sort().values for _ in weights]
     values = [torch.randn(5, generator=g).to(dtype) for _ in weights]
-    deltas = [delta_of(model, dict(zip(i.tolist(), v.tolist(), strict=True))) for i, v in zip(chosen, values, strict=True)]
+    pairs = zip(chosen, values, strict=True)
+    deltas = [delta_of(model, dict(zip(i.tolist(), v.tolist(), strict=True))) for i, v in pairs]
     expected = base.double()
     for entry in range(12):
         terms = [
