@@ -184,6 +184,11 @@ class FishModel(PeftModel):  # type: ignore[misc]
         """The tuning of the active adapter; None where it is frozen or there is none."""
         return None if self._active is None else self._adapters[self._active].tuning
 
+    @property
+    def model_tags(self) -> list[str]:
+        """Tags for the hub, which a Trainer puts into the card that it writes."""
+        return [*(getattr(self.get_base_model(), "model_tags", None) or []), "fishmask"]
+
     @override
     def get_base_model(self) -> nn.Module:
         """Return the base itself, with the active adapter in its weights."""
