@@ -68,7 +68,7 @@ class Wire:
         sent = tensor.to(self.device).contiguous()
         received = torch.empty(self.size * sent.numel(), dtype=sent.dtype, device=self.device)
         with self._counted((self.size - 1) * sent.nbytes):
-            dist.all_gather_single(received, sent.view(-1), group=self.group)
+            _wait(dist.all_gather_single(received, sent.view(-1), group=self.group, async_op=True))
         return received.view(self.size, *tensor.shape).to(tensor.device)
 
     def swap(self, tensor: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class Wire:
         sent = tensor.to(self.device).contiguous()
         received = torch.empty_like(sent)
         with self._counted((self.size - 1) * sent.nbytes // self.size):
-            dist.all_to_all_single(received.view(-1), sent.view(-1), group=self.group)
+            _wait(dist.all_to_all_single(received.view(-1), sent.view(-1), group=self.group, async_op=True))
         return received.to(tensor.device)
 
     def add(self, tensor: Tensor) -> Tensor:
@@ -87,14 +87,14 @@ class Wire:
             return tensor
         total = tensor.to(self.device, copy=True).contiguous()
         with self._counted(2 * (self.size - 1) * total.nbytes // self.size):
-            dist.all_reduce(total, group=self.group)
+            _wait(dist.all_reduce(total, group=self.group, async_op=True))
         return total.to(tensor.device)
 
     def spread(self, tensor: Tensor, rank: int) -> None:
         """Fill ``tensor``, which lies where tensors travel, with that of one worker."""
         if self.size > 1:
             with self._counted((self.size - 1) * tensor.nbytes if self.rank == rank else 0):
-                dist.broadcast(tensor, group_src=rank, group=self.group)
+                _wait(dist.broadcast(tensor, group_src=rank, group=self.group, async_op=True))
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """Return the bytes of all workers, of any lengths, in the order of their ranks."""
@@ -123,3 +123,16 @@ class Wire:
             ) from error
         self.bytes += sent
         self.seconds += perf_counter() - begin
+
+
+_last: list[dist.Work] = []
+
+
+def _wait(work: dist.Work) -> None:
+    """Wait for a collective, and keep its last reference in a thread of Python's until the next one.
+
+    Otherwise a thread of gloo may be the one that frees the tensors, and if the interpreter is being shut down by then,
+    PyTorch aborts the process: a script that has done all its work ends with SIGABRT.
+    """
+    work.wait()
+    _last[:] = [work]
