@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fishmask import data_parallel, exchange
+from fishmask import data_parallel, exchange, sync
 from fishmask.attach import Tuning, attach
 from fishmask.combine import combine
 from fishmask.delta import Delta, load
@@ -38,6 +38,7 @@ __all__ = [
     "get_fish_model",
     "load",
     "scores",
+    "sync",
 ]
 
 
