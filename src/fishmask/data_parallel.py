@@ -116,8 +116,10 @@ def refuse_unseen(tuning: Tuning) -> None:
     if unseen := list(tuning.general):
         raise FishError(
             "find_unused_parameters=True takes the values of these parameters for unused, because their gradient "
-            f"is gathered by hooks and not by the graph: {', '.join(unseen)}. Use static_graph=True, which finds "
-            "unused ones too, or leave them out of the mask"
+            f"is gathered by hooks and not by the graph: {', '.join(unseen)}. Where every forward uses all of them, "
+            "set find_unused_parameters=False, in transformers.Trainer by "
+            "TrainingArguments(ddp_find_unused_parameters=False). Else use static_graph=True, which finds unused ones "
+            "too, or leave them out of the mask"
         )
 
 
