@@ -2,11 +2,13 @@
 
 import copy
 import gc
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,6 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import fishmask
 from fishmask import FishConfig, FishError, FishModel, Mask
 from tests.cases import case
+from tests.replicas import moved
+from tests.team import Team
 from tests.test_trainer import Record, Stop, StopAt, differences
 
 CONFIG = FishConfig(task_type="SEQ_CLS", density=0.1, score="random")
@@ -460,3 +464,48 @@ def test_an_attached_model_with_an_optimizer_alone_is_refused(tmp_path: Path) ->
     with pytest.raises(FishError, match=r"fishmask\.FishModel\(model\)"):
         run.train()
     assert run.state.global_step == 1
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+def together(rank: int, size: int, folder: str, find_unused: bool | None = None) -> Any:
+    """Train one rank's share, in the environment that torchrun gives; return the values, and what gloo moved."""
+    if size > 1:
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": 1}
+        os.environ |= {name: str(number) for name, number in ranks.items()} | {"MASTER_ADDR": "localhost"}
+    run = trainer(
+        Path(folder), kind="llama", per_device_train_batch_size=4 // size, ddp_find_unused_parameters=find_unused,
+        save_strategy="epoch",
+    )  # fmt: skip
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        run.train()
+    found = {name: p.numpy() for name, p in values(run).items()}
+    return found, moved(profile.events()), run.model.mask().k, run.state.global_step
+
+
+def refusal(rank: int, size: int, folder: str) -> str:
+    """Train with the Trainer's own setting, which looks for unused parameters."""
+    try:
+        together(rank, size, folder)
+    except FishError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    """DDP reduces k numbers a step; both ranks hold the same values, those of one process with the double batch."""
+    alone, _, _, steps = together(0, 1, str(tmp_path / "alone"))
+    with Team(2) as team:
+        (first, collectives, k, taken), (second, *_) = team.run(together, str(tmp_path / "pair"), False)
+        refusals = team.run(refusal, str(tmp_path / "refused"))
+    assert taken == steps == 10
+    assert collectives["gloo:all_reduce"] == [k] * steps
+    assert max(collectives["gloo:broadcast"]) == k  # and not the base
+    for name, found in first.items():
+        assert np.array_equal(found, second[name])
+        assert np.allclose(found, alone[name], rtol=1e-4, atol=1e-6)
+    saved = FishModel.from_pretrained(made("llama"), tmp_path / "pair" / "checkpoint-10").delta()
+    assert all(np.array_equal(first[name], saved.values[name].numpy()) for name in first)
+    assert all("ddp_find_unused_parameters=False" in text for text in refusals)
