@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from fishmask import data_parallel, exchange, sync
 from fishmask.attach import Tuning, attach
+from fishmask.between import between
 from fishmask.combine import combine
 from fishmask.delta import Delta, load
 from fishmask.errors import FishError, HandshakeError, RoundError
@@ -31,6 +32,7 @@ __all__ = [
     "Switch",
     "Tuning",
     "attach",
+    "between",
     "combine",
     "data_parallel",
     "exchange",

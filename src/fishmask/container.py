@@ -66,6 +66,13 @@ def dtype_name(tensor: Tensor) -> str:
     return _DTYPE_NAMES[tensor.dtype]
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """Return the dtype that the format calls so; ``ValueError`` where it knows none."""
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown here; known are {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
 class Content(NamedTuple):
     """What a file holds: strings for anyone, a description (JSON), tensors by name; its digest once it was read."""
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from fishmask import applied, container
 from fishmask.errors import FishError
-from fishmask.fingerprint import SHORT, Base, State, fingerprint, floating_tensors, raw_bits, takes_whole
+from fishmask.fingerprint import SHORT, Base, State, fingerprint, takes_whole
 from fishmask.mask import Mask
-from fishmask.params import aliases, canonical_parameters
+from fishmask.params import aliases
+from fishmask.quantized import weights
 
 _SAVED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -89,21 +90,16 @@ class Delta:
 
         Parameters are compared entry by entry. So are all floating-point tensors of a state dict, where parameters and
         buffers look alike; other tensors, and all buffers of a model, are kept whole where they differ.
+        ``fishmask.between`` does the same with models on disk, and can leave the smallest changes out.
 
         Raises:
             ValueError: Names, shapes or dtypes disagree; the message lists all disagreements.
         """
-        mask = Mask.between(base_state, tuned_state)
-        base, tuned = floating_tensors(base_state), floating_tensors(tuned_state)
-        values = {name: applied.read(tuned[name], i).view(tuned[name].dtype) for name, i in mask.indices.items()}
-        return cls(
-            mask,
-            values,
-            base=fingerprint(((name, base[name]) for name in mask.shapes), mask),
-            buffers=_changed_buffers(base_state, tuned_state),
-            base_name=base_name,
-            base_revision=base_revision,
-        )
+        from fishmask.between import compare
+        from fishmask.weights import Held
+
+        compared = compare(Held(base_state, "the first"), Held(tuned_state, "the second"))
+        return compared.delta(base_name=base_name, base_revision=base_revision)
 
     @property
     def k(self) -> int:
@@ -272,7 +268,7 @@ class Delta:
         untouched = {name: shape for name, shape in self.mask.shapes.items() if name not in self.values}
         problems = _compare_shapes(untouched, targets, names)
         known = {names.get(name, name) for name in self.mask.shapes}
-        if unknown := [name for name in canonical_parameters(model) if name not in known]:
+        if unknown := [name for name in weights(model) if name not in known]:
             problems.append(f"unknown to the delta: {', '.join(unknown)}")
         here = {name: names.get(name, name) for name in self.base.short if _fits(self.mask, name, targets, names)}
         differing = self._differing((name, targets[target]) for name, target in here.items())
@@ -353,23 +349,6 @@ def _compare_shapes(
         if target is not None and target.shape != shape:
             problems.append(f"other shape: {name} is {list(target.shape)}, the delta expects {list(shape)}")
     return problems
-
-
-def _changed_buffers(base_state: State, tuned_state: State) -> dict[str, Tensor]:
-    base, tuned = _buffers(base_state), _buffers(tuned_state)
-    wrong = sorted(set(base) ^ set(tuned))
-    wrong += [n for n in base if n in tuned and (base[n].shape, base[n].dtype) != (tuned[n].shape, tuned[n].dtype)]
-    if wrong:
-        raise ValueError(f"the two states are not of one model: buffers differ in name, shape or dtype: {wrong}")
-    return {n: tuned[n] for n in base if not torch.equal(raw_bits(base[n]).cpu(), raw_bits(tuned[n]).cpu())}
-
-
-def _buffers(state: State) -> dict[str, Tensor]:
-    """Return the tensors that are not compared entry by entry."""
-    if isinstance(state, nn.Module):
-        kept = state.state_dict().keys()  # a buffer that is not saved is not part of what training made
-        return {name: buffer for name, buffer in state.named_buffers() if name in kept}
-    return {n: t for n, t in state.items() if isinstance(t, Tensor) and not t.is_floating_point()}
 
 
 def _unpack_values(content: container.Content, mask: Mask) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ def pieces(tensor: Tensor) -> Iterator[memoryview]:
     if is_sharded(tensor):
         yield from map(raw_bytes, sharded_pieces(tensor))
     else:
-        yield raw_bytes(tensor)
+        yield raw_bytes(tensor if isinstance(tensor, Tensor) else tensor.detach())  # a QuantizedWeight's numbers
 
 
 def element_bytes(tensor: Tensor) -> memoryview:
@@ -76,9 +76,14 @@ def values_digest(values: Tensor) -> str:
 
 def tensor_hash(tensor: Tensor) -> str:
     """Return SHA-256 (hex) over a line such as ``float32 [2, 3]`` (dtype, shape, newline) and the raw bytes."""
-    sha = hashlib.sha256(f"{describe(tensor)}\n".encode())
-    for piece in pieces(tensor):
-        sha.update(piece)
+    return bytes_hash(describe(tensor), pieces(tensor))
+
+
+def bytes_hash(description: str, parts: Iterable[memoryview]) -> str:
+    """Return what ``tensor_hash`` does, of a tensor that comes as its description and its bytes in parts."""
+    sha = hashlib.sha256(f"{description}\n".encode())
+    for part in parts:
+        sha.update(part)
     return sha.hexdigest()
 
 
@@ -122,7 +127,7 @@ def common_tensors(state_a: State, state_b: State) -> dict[str, tuple[Tensor, Te
         raise ValueError("the two states are not of one model: " + "; ".join(problems))
     first: dict[Any, str] = {}
     # Tied means tied in both: two names that share memory in one state only may hold different values in the other.
-    return {n: (a[n], b[n]) for n in a if first.setdefault((_place(a[n], n), _place(b[n], n)), n) == n}
+    return {n: (a[n], b[n]) for n in a if first.setdefault((place(a[n], n), place(b[n], n)), n) == n}
 
 
 def floating_tensors(state: State) -> dict[str, Tensor]:
@@ -137,7 +142,7 @@ def describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _place(tensor: Tensor, name: str) -> Any:
+def place(tensor: Tensor, name: str) -> Any:
     """Return where a tensor lies in memory; its name where it has none (empty tensors)."""
     if not tensor.numel():
         return name
