@@ -1,8 +1,10 @@
 """How the mask of an adapter is chosen, as the JSON that PEFT's users know."""
 
+import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 from fishmask.choose import outside_of_layers
 from fishmask.errors import FishError
 from fishmask.fisher import Method, scores
+from fishmask.hub import CONFIG_FILE
 from fishmask.mask import Mask
 from fishmask.params import canonical_parameters, matching
 
@@ -98,6 +101,25 @@ class FishConfig(PeftConfig):  # type: ignore[misc]
                 f"unknown settings of an adapter are ignored: {', '.join(unknown)}", UserWarning, stacklevel=2
             )
         return cls(**{name: value for name, value in kwargs.items() if name in known})
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "FishConfig":
+        """Read the config in an adapter's folder; folders of ``fishmask train`` have none, and give the defaults.
+
+        Raises:
+            FishError: It cannot be read.
+            ValueError: It is the config of another method.
+        """
+        path = folder / CONFIG_FILE
+        if not path.is_file():
+            return cls()
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise FishError(f"{path} is damaged: {error}") from error
+        if not isinstance(content, dict):
+            raise FishError(f"{path} is damaged: expected an object, found {type(content).__name__}")
+        return cls.from_peft_type(**content)
 
     def replaced(self, **changes: Any) -> "FishConfig":
         """Return a copy with other settings."""

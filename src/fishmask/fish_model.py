@@ -7,32 +7,42 @@ reduce the values, and save, resume and load adapters instead of whole models. `
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
-from fishmask.attach import Tuning, attach
+from fishmask.adapters import Adapters
+from fishmask.attach import Tuning
 from fishmask.card import write_card
-from fishmask.data_parallel import agree_on, ignored_by_ddp, refuse_unseen, under_ddp
+from fishmask.data_parallel import ignored_by_ddp
 from fishmask.delta import Delta
 from fishmask.errors import FishError
 from fishmask.fish_config import PEFT_TYPE, FishConfig
-from fishmask.hub import ADAPTER_FILE, CONFIG_FILE, adapter_folder, delta_in
+from fishmask.fish_state import ReplicaCheck, hook_state
+from fishmask.hub import ADAPTER_FILE, adapter_folder, delta_in
 from fishmask.live import tuning_of
 from fishmask.mask import Mask
 from fishmask.params import canonical_parameters
-from fishmask.switch import Switch
+from fishmask.status import layer_status, model_status
 from fishmask.value_tree import ValueTree
 
 try:
     from peft import PeftModel
-    from peft.peft_model import TunerLayerStatus, TunerModelStatus
 except ImportError as error:
     raise FishError("adapters with PEFT's verbs need peft: pip install 'fishmask[peft]'") from error
+
+# What PEFT's loaders take besides, for adapters that are modules of their own; values are where the weights are.
+_NOT_NEEDED = {
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "offload_dir",
+    "offload_buffers",
+    "ignore_mismatched_sizes",
+}
 
 
 def get_fish_model(
@@ -57,7 +67,7 @@ def get_fish_model(
     Raises:
         TypeError: The config is not a ``FishConfig``.
         ValueError: As for ``FishConfig.choose`` and ``fishmask.attach``.
-        FishError: The model is attached or an adapter model already, or cannot be scored.
+        FishError: The model is attached or an adapter model already, has no memory, or cannot be scored.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
@@ -71,14 +81,6 @@ def get_fish_model(
             "FishModel(model) wraps an attached model"
         )
     return FishModel(model, peft_config, adapter_name, batches=batches, mask=mask, progress=progress)
-
-
-@dataclass
-class _Adapter:
-    """One adapter: trainable with a tuning, or frozen and then in the switch."""
-
-    config: FishConfig
-    tuning: Tuning | None
 
 
 class _Base(nn.Module):
@@ -108,6 +110,8 @@ class FishModel(PeftModel):  # type: ignore[misc]
     of this module (``values.<adapter>.<name of the parameter>``) and the only ones that require gradients, but for
     those on the general path. ``state_dict`` holds the values and the base's buffers, and no weight of the base.
 
+    Whatever a method raises, the model and its adapters are as they were before the call.
+
     Args:
         model: The base; or a model that is attached already, whose tuning becomes the first adapter.
         peft_config: Settings of the first adapter. None without a first adapter, or to describe the attached one.
@@ -116,9 +120,15 @@ class FishModel(PeftModel):  # type: ignore[misc]
         mask: As for ``get_fish_model``.
         progress: As for ``get_fish_model``.
 
+    Attributes:
+        prefix: How names of values begin, for those who tell them from the base's (TRL).
+        values: The values of the trainable adapters, by adapter.
+
     Raises:
-        FishError: A mask or batches are given for a model that is attached.
+        FishError: A mask or batches are given for a model that is attached, or the model is without memory.
     """
+
+    prefix = "values."
 
     def __init__(
         self,
@@ -131,23 +141,24 @@ class FishModel(PeftModel):  # type: ignore[misc]
         progress: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # PeftModel's own would look for one of PEFT's methods
+        _refuse_meta(model)
         self.peft_type = PEFT_TYPE
         self.special_peft_forward_args: set[str] = set()
         self._is_prompt_learning = self._adapters_disabled = False
-        self._adapters: dict[str, _Adapter] = {}
-        self._active: str | None = None
-        self._agreed = False
+        self._configs: dict[str, FishConfig] = {}
+        self._adapters = Adapters(model)
+        self._check_replica = ReplicaCheck()
         self.base_model = _Base(model)
         self.values = nn.ModuleDict()
-        self._switch = Switch(model)
-        self._hook_state()
+        hook_state(self)
         tuning = tuning_of(model)
         if tuning is not None:
             if mask is not None or batches is not None or tuning.model is not model:
                 raise FishError("this model is attached already: wrap all of it, without a mask or batches")
-            config = peft_config or FishConfig(density=tuning.mask.density)
-            self._enlist(adapter_name, config, tuning)
-            self._active = adapter_name
+            self._check_new(adapter_name)
+            self._adapters.wrap(adapter_name, tuning)
+            self._configs[adapter_name] = peft_config or FishConfig(density=tuning.mask.density)
+            self.mirror()
         elif peft_config is not None:
             self.add_adapter(adapter_name, peft_config, batches=batches, mask=mask, progress=progress)
             self.set_adapter(adapter_name)
@@ -157,32 +168,37 @@ class FishModel(PeftModel):  # type: ignore[misc]
     @property
     def peft_config(self) -> dict[str, FishConfig]:
         """The configs of all adapters by name."""
-        return {name: adapter.config for name, adapter in self._adapters.items()}
+        return self._configs
 
     @property
     def active_adapter(self) -> str | None:
         """Name of the active adapter."""
-        return self._active
+        return self._adapters.active
 
     @property
     def active_adapters(self) -> list[str]:
         """Name of the active adapter, in a list."""
-        return [] if self._active is None else [self._active]
+        return [] if self._adapters.active is None else [self._adapters.active]
 
     @property
     def active_peft_config(self) -> FishConfig:
         """Config of the active adapter."""
-        return self._known(self._active or "").config
+        return self._configs[self._named(None)]
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the active adapter takes part in forwards."""
+        return self._adapters.enabled and not self._adapters_disabled
 
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether an adapter is active and not disabled."""
-        return self._active is not None and not self._adapters_disabled
+        return self.active_adapter is not None and self.enabled
 
     @property
     def tuning(self) -> Tuning | None:
         """The tuning of the active adapter; None where it is frozen or there is none."""
-        return None if self._active is None else self._adapters[self._active].tuning
+        return None if self.active_adapter is None else self._adapters.tuning(self.active_adapter)
 
     @property
     def model_tags(self) -> list[str]:
@@ -197,18 +213,11 @@ class FishModel(PeftModel):  # type: ignore[misc]
 
     def mask(self, adapter_name: str | None = None) -> Mask:
         """Return the mask of an adapter, by default of the active one."""
-        name = adapter_name or self._active or ""
-        tuning = self._known(name).tuning
-        return self._switch.delta(name).mask if tuning is None else tuning.mask
+        return self._adapters.mask(self._named(adapter_name))
 
     def delta(self, adapter_name: str | None = None) -> Delta:
         """Return the delta of an adapter, by default of the active one, in the precision it is kept in."""
-        name = adapter_name or self._active or ""
-        tuning = self._known(name).tuning
-        if tuning is None:
-            return self._switch.delta(name)
-        with self._active_while(name):
-            return tuning.delta("values")
+        return self._adapters.delta(self._named(adapter_name))
 
     @override
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -216,30 +225,65 @@ class FishModel(PeftModel):  # type: ignore[misc]
         total = sum(p.numel() for p in canonical_parameters(self.get_base_model()).values())
         return (0 if self.tuning is None else self.tuning.mask.k), total
 
+    @override
+    def get_layer_status(self) -> list[Any]:
+        """Return one ``TunerLayerStatus`` for each module with entries of any adapter."""
+        return layer_status(self)
+
+    @override
+    def get_model_status(self) -> Any:
+        """Return PEFT's ``TunerModelStatus``."""
+        return model_status(self)
+
+    @override
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return False: single entries of a weight are no matrix of low rank."""
+        return False
+
     # --- forward ------------------------------------------------------------------------------------------------------
 
     @override
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base."""
-        if under_ddp():
-            self._check_replicas()
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """Call the base.
+
+        Raises:
+            ValueError: ``adapter_names``, which mixes adapters within one batch, is given.
+        """
+        _refuse_mixed(adapter_names)
+        if self.tuning is not None:
+            self._check_replica(self.tuning)
         return self.get_base_model()(*args, **kwargs)
 
     @override
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base's ``generate``."""
+    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """Call the base's ``generate``; as ``forward``."""
+        _refuse_mixed(adapter_names)
         return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
     @contextmanager
     @override
     def disable_adapter(self) -> Iterator[None]:
-        """Have the base's own weights, bit for bit, inside the ``with`` block; costs k numbers each way."""
+        """Have the base's own weights, bit for bit, inside the ``with`` block; costs k numbers each way.
+
+        Adapters cannot be added, changed or saved inside the block.
+        """
         was, self._adapters_disabled = self._adapters_disabled, True
         try:
-            with self._base():
+            with self._adapters.base():
                 yield
         finally:
             self._adapters_disabled = was
+
+    def disable_adapter_layers(self) -> None:
+        """Have the base's own weights until ``enable_adapter_layers``; adapters can come and go meanwhile."""
+        self._adapters.enable(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Have the active adapter in the model again."""
+        self._adapters.enable(True)
+
+    # The same under the names that they have in transformers.
+    disable_adapters, enable_adapters = disable_adapter_layers, enable_adapter_layers
 
     # --- adapters come and go -----------------------------------------------------------------------------------------
 
@@ -259,7 +303,8 @@ class FishModel(PeftModel):  # type: ignore[misc]
 
         Args:
             adapter_name: Its name.
-            peft_config: How its mask is chosen, on the base.
+            peft_config: How its mask is chosen, on the base. With the very config of another adapter, and without
+                batches, it takes that one's mask (so does TRL when it makes a reference adapter).
             low_cpu_mem_usage: Nothing to do here: an adapter costs k numbers.
             autocast_adapter_dtype: Nothing to do here: values are float32.
             batches: As for ``get_fish_model``.
@@ -273,10 +318,16 @@ class FishModel(PeftModel):  # type: ignore[misc]
         self._check_new(adapter_name)
         if not isinstance(peft_config, FishConfig):
             raise TypeError(f"a FishModel takes a FishConfig, got {type(peft_config).__name__}")
-        model = self.get_base_model()
-        with self._base():
-            chosen = peft_config.choose(model, batches, progress=progress) if mask is None else mask
-        self._enlist(adapter_name, peft_config, self._attached_apart(chosen))
+        if mask is None and batches is None:
+            mask = next((self.mask(name) for name, config in self._configs.items() if config is peft_config), None)
+        if mask is None:
+            with self._adapters.base():
+                mask = peft_config.choose(self.get_base_model(), batches, progress=progress)
+        self._adapters.add(adapter_name, mask)
+        if peft_config.inference_mode:
+            self._adapters.set_trained(adapter_name, False)
+        self._configs[adapter_name] = peft_config
+        self.mirror()
 
     @override
     def load_adapter(
@@ -295,18 +346,18 @@ class FishModel(PeftModel):  # type: ignore[misc]
     ) -> Any:
         """Read an adapter from a folder or the hub; it becomes active by ``set_adapter``.
 
-        Over an adapter that exists, the values are read into it: one that is trained goes on being trained, by the
-        same optimizer.
+        Over an adapter that exists, the values are read into it, also while it is in use: one that is trained goes on
+        being trained, by the same optimizer if the mask is the same.
 
         Args:
             model_id: A folder of ``save_pretrained`` or of ``fishmask train``, or a name on the hub.
             adapter_name: Its name.
             is_trainable: Whether it can be trained further; a frozen one costs less to switch.
-            torch_device: Nothing to do here: values are where the weights are. So it is with the next four.
+            torch_device: Nothing to do here: values are where the weights are. So it is with the next three.
             autocast_adapter_dtype: See above.
             ephemeral_gpu_offload: See above.
             low_cpu_mem_usage: See above.
-            key_mapping: See above.
+            key_mapping: For state dicts of PEFT; refused.
             check_base: Refuse an adapter that was trained on other weights.
             **kwargs: ``subfolder``, ``revision`` and what else ``huggingface_hub.hf_hub_download`` takes.
 
@@ -314,26 +365,23 @@ class FishModel(PeftModel):  # type: ignore[misc]
             What ``nn.Module.load_state_dict`` returns, without missing or unexpected keys.
 
         Raises:
-            FishError: The file is damaged, or the adapter does not fit the base.
-            ValueError: There is no adapter there, or it is another method's.
+            FishError: The file is damaged, or the adapter does not fit the base; or there is no adapter there.
+            ValueError: It is another method's, or a new name cannot name a module.
+            TypeError: An argument is not known.
         """
         if key_mapping:
             raise ValueError("key_mapping is for state dicts of PEFT; a delta knows its parameters by their names")
-        folder = adapter_folder(model_id, **kwargs)
-        config = FishConfig.from_pretrained(str(folder)) if (folder / CONFIG_FILE).is_file() else FishConfig()
-        config.inference_mode = not is_trainable
-        delta = Delta.load(delta_in(folder))
-        known = self._adapters.get(adapter_name)
-        if known is None:
+        download, others = self._split_kwargs(kwargs)
+        if unknown := set(others) - _NOT_NEEDED:
+            raise TypeError(f"load_adapter() takes no argument {', '.join(sorted(unknown))}")
+        if adapter_name not in self._configs:
             self._check_new(adapter_name)
-            self._take_in(adapter_name, config, delta, check_base)
-        elif known.tuning is None:
-            with self._base():
-                delta.check(self.get_base_model(), check_base)
-                self._switch.remove(adapter_name)
-                self._switch.add(adapter_name, delta, check_base=False)
-        else:
-            self._overwrite(known.tuning, delta, adapter_name, check_base)
+        folder = adapter_folder(model_id, **download)
+        config = FishConfig.of_folder(folder)
+        config.inference_mode = not is_trainable
+        self._adapters.take(adapter_name, Delta.load(delta_in(folder)), trained=is_trainable, check_base=check_base)
+        self._configs.setdefault(adapter_name, config)
+        self.mirror()
         if not is_trainable:
             self.eval()
         return nn.modules.module._IncompatibleKeys([], [])
@@ -359,12 +407,44 @@ class FishModel(PeftModel):  # type: ignore[misc]
             config: Replaces the config in the folder.
             **kwargs: See ``load_adapter``.
         """
+        if isinstance(model, PeftModel) or tuning_of(model) is not None:
+            raise FishError("this model has adapters or is attached already: load_adapter() adds one to a FishModel")
         found = cls(model)
         found.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
         if config is not None:
-            found._adapters[adapter_name].config = config.replaced(inference_mode=not is_trainable)
+            config.inference_mode = not is_trainable
+            found._configs[adapter_name] = config
         found.set_adapter(adapter_name)
         return found
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        *,
+        overlap: Literal["refuse", "sum", "mean", "last"] = "refuse",
+    ) -> None:
+        """Add a frozen adapter that is the base plus a weighted sum of others' differences from it.
+
+        Args:
+            adapters: Names of the others.
+            weights: One number for each; may be negative.
+            adapter_name: Name of the new one; ``set_requires_grad`` makes it trainable.
+            combination_type: "linear"; PEFT's other types are about matrices of low rank.
+            overlap: What becomes of entries that several of them have: see ``fishmask.combine``.
+
+        Raises:
+            ValueError: A name is unknown or taken, or as for ``fishmask.combine``.
+            FishError: They share entries, and ``overlap`` is "refuse".
+        """
+        if combination_type != "linear":
+            raise ValueError(f"deltas are combined by combination_type='linear', got {combination_type!r}")
+        self._check_new(adapter_name)
+        combined = self._combined(adapters, weights, overlap)
+        self._adapters.take(adapter_name, combined, trained=False, check_base=False)
+        self._configs[adapter_name] = self._configs[adapters[0]].replaced(inference_mode=True)
 
     @override
     def set_adapter(self, adapter_name: str, inference_mode: bool | None = None) -> None:
@@ -377,18 +457,10 @@ class FishModel(PeftModel):  # type: ignore[misc]
         Raises:
             ValueError: There is none of that name.
         """
-        self._known(adapter_name)
+        self._adapters.check(adapter_name)
         if inference_mode is not None:
             self.set_requires_grad(adapter_name, not inference_mode)
-        if adapter_name != self._active:
-            before = self._active
-            self._rest()
-            try:
-                self._wake(adapter_name)
-            except BaseException:
-                if before is not None:
-                    self._wake(before)
-                raise
+        self._adapters.use(adapter_name)
 
     @override
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -401,19 +473,28 @@ class FishModel(PeftModel):  # type: ignore[misc]
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name in names:
-            self._known(name)
+            self._adapters.check(name)
         for name in names:
-            adapter, active = self._adapters[name], self._active
-            if (adapter.tuning is not None) == requires_grad:
-                continue
-            delta = self.delta(name)
-            self._rest()
-            try:
-                self._discard(name)
-                self._take_in(name, adapter.config.replaced(inference_mode=not requires_grad), delta, check_base=False)
-            finally:
-                if active is not None:
-                    self._wake(active)
+            self._adapters.set_trained(name, requires_grad)
+            self._configs[name] = self._configs[name].replaced(inference_mode=not requires_grad)
+        self.mirror()
+
+    def set_mask(self, mask: Mask, optimizer: Optimizer | None = None) -> None:
+        """Train other entries of the active adapter from now on: ``Tuning.set_mask``.
+
+        Args:
+            mask: The new mask.
+            optimizer: The optimizer of the present values; its groups and state are carried over.
+
+        Raises:
+            FishError: The active adapter is frozen, or there is none.
+            ValueError: As for ``Tuning.set_mask``.
+        """
+        self.check_free()
+        if self.tuning is None:
+            raise FishError("only a trainable adapter has a mask to change: set_adapter() one first")
+        self.tuning.set_mask(mask, optimizer)
+        self.mirror()
 
     @override
     def delete_adapter(self, adapter_name: str) -> None:
@@ -422,50 +503,70 @@ class FishModel(PeftModel):  # type: ignore[misc]
         Raises:
             ValueError: There is none of that name.
         """
-        self._known(adapter_name)
-        if adapter_name == self._active:
-            self._rest()
-        self._discard(adapter_name)
-        if self._active is None and self._adapters:
-            self.set_adapter(next(iter(self._adapters)))
+        was_active = adapter_name == self.active_adapter
+        self._adapters.drop(adapter_name)
+        del self._configs[adapter_name]
+        self.mirror()
+        if was_active and self._configs:
+            self.set_adapter(next(iter(self._configs)))
+
+    # --- out of the adapters ------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Do nothing but check: the weights of the active adapter are in the model already.
+
+        Args:
+            adapter_names: The active adapter, or nothing.
+            safe_merge: Refuse values that are not finite.
+
+        Raises:
+            ValueError: Others than the active one are named, or a value is not finite.
+        """
+        if adapter_names is not None and adapter_names != self.active_adapters:
+            raise ValueError(
+                f"the adapter in the model is {self.active_adapter!r}, so {adapter_names} cannot be merged beside it: "
+                "set_adapter() switches, and add_weighted_adapter() makes one of several"
+            )
+        if safe_merge:
+            self._check_finite(self.active_adapters)
+
+    def unmerge_adapter(self) -> None:
+        """Do nothing: adapters are never merged for good while there is a FishModel."""
 
     def unload(self) -> nn.Module:
-        """Return the base as it was before any adapter, bit for bit; this object is of no use afterwards."""
-        self._rest()
-        for name in list(self._adapters):
-            self._discard(name)
-        return self.get_base_model()
+        """Return the base as it was before any adapter, bit for bit; this object has no adapters afterwards."""
+        self._adapters.use(None)
+        return self._released()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """Return the base with the trained weights; this object is of no use afterwards.
+        """Return the base with the trained weights; this object has no adapters afterwards.
 
-        Nothing is computed, because the weights of the active adapter are in the model already.
+        Nothing is computed for one adapter, because the weights of the active one are in the model already. Several
+        are added up as by ``add_weighted_adapter`` with weights of 1; they may not share entries.
 
         Args:
-            progressbar: Nothing to show: there is nothing to do.
+            progressbar: Nothing to show.
             safe_merge: Refuse values that are not finite.
-            adapter_names: The one adapter to leave in the model; by default the active one.
+            adapter_names: The adapters to leave in the model; by default the active one.
 
         Raises:
-            ValueError: A value is not finite and ``safe_merge`` is set; or several adapters are named.
+            ValueError: A name is unknown; or a value is not finite and ``safe_merge`` is set.
+            FishError: Several adapters share entries.
         """
-        if adapter_names is not None:
-            if len(adapter_names) != 1:
-                raise ValueError(f"merge one adapter, got {adapter_names}; add_weighted_adapter() makes one of several")
-            self.set_adapter(adapter_names[0])
-        if safe_merge and self._active is not None:
-            wrong = [name for name, values in self.delta().values.items() if not bool(values.isfinite().all())]
-            if wrong:
-                raise ValueError(f"adapter {self._active!r} has values that are not finite: {', '.join(wrong)}")
-        model, tuning = self.get_base_model(), self.tuning
-        if tuning is not None:
-            tuning.detach()
-        self._switch.release()
-        self._active = None
-        self._adapters.clear()
-        self.values.clear()
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for name in names:
+            self._adapters.check(name)
+        if safe_merge:
+            self._check_finite(names)
+        if len(names) < 2:
+            self._adapters.enable(True)
+            self._adapters.use(names[0] if names else None)
+            return self._released()
+        combined = self._combined(names, [1.0] * len(names), "refuse")
+        model = self.unload()
+        combined.apply(model, check_base=False)
         return model
 
     # --- files --------------------------------------------------------------------------------------------------------
@@ -499,271 +600,108 @@ class FishModel(PeftModel):  # type: ignore[misc]
             ValueError: The path is a file, an adapter is not known, or an argument cannot be served.
         """
         folder = Path(save_directory)
-        names = list(self._adapters) if selected_adapters is None else selected_adapters
+        names = list(self._configs) if selected_adapters is None else selected_adapters
         if folder.is_file():
             raise ValueError(f"{folder} is a file; save_pretrained writes a folder")
         if not safe_serialization or path_initial_model_for_weight_conversion is not None:
             raise ValueError("a delta is a safetensors file and is never converted: leave these arguments as they are")
         for name in names:
-            self._known(name)
+            self._adapters.check(name)
         if not is_main_process:
             return
-        for name in names:
-            delta, adapter = self.delta(name), self._adapters[name]
+        deltas = {name: self.delta(name) for name in names}
+        for name, delta in deltas.items():
             place = folder if name == "default" else folder / name
             place.mkdir(parents=True, exist_ok=True)
-            config = adapter.config.replaced(
+            config = self._configs[name]
+            config = config.replaced(
                 inference_mode=True,
-                base_model_name_or_path=adapter.config.base_model_name_or_path or delta.base_name,
-                revision=adapter.config.revision or delta.base_revision,
+                base_model_name_or_path=config.base_model_name_or_path or delta.base_name,
+                revision=config.revision or delta.base_revision,
             )
             delta.save(place / ADAPTER_FILE)
             config.save_pretrained(str(place))
-        if names:
-            self.create_or_update_model_card(folder)
+            write_card(place, config, delta.mask, self.get_base_model())
 
     @override
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write a README.md about the active adapter into a folder, or update the part of it that is ours."""
-        if self._active is not None:
+        if self.active_adapter is not None:
             write_card(Path(output_dir), self.active_peft_config, self.mask(), self.get_base_model())
 
-    # --- status -------------------------------------------------------------------------------------------------------
-
-    @override
-    def get_layer_status(self) -> list[Any]:
-        """Return one ``TunerLayerStatus`` for each module with entries of any adapter."""
-        owners: dict[str, list[str]] = {}
-        for adapter_name in self._adapters:
-            for name in self.mask(adapter_name).indices:
-                adapters = owners.setdefault(name.rpartition(".")[0], [])
-                adapters += [] if adapter_name in adapters else [adapter_name]
-        modules = dict(self.get_base_model().named_modules())
-        return [
-            TunerLayerStatus(
-                name=path,
-                module_type=type(modules[path]).__name__,
-                enabled=not self._adapters_disabled,
-                active_adapters=[name for name in self.active_adapters if name in adapters],
-                merged_adapters=[],
-                requires_grad={name: self._adapters[name].tuning is not None for name in adapters},
-                available_adapters=adapters,
-                devices={name: [p.device.type for p in modules[path].parameters()][:1] for name in adapters},
-                quantization_backend=None,
-            )
-            for path, adapters in owners.items()
-        ]
-
-    @override
-    def get_model_status(self) -> Any:
-        """Return PEFT's ``TunerModelStatus``."""
-        trained, total = self.get_nb_trainable_parameters()
-        layers = self.get_layer_status()
-        device = next(self.get_base_model().parameters()).device.type
-        return TunerModelStatus(
-            base_model_type=type(self.get_base_model()).__name__,
-            adapter_model_type=type(self).__name__,
-            peft_types=dict.fromkeys(self._adapters, PEFT_TYPE),
-            trainable_params=trained,
-            total_params=total,
-            num_adapter_layers=len(layers),
-            enabled=not self._adapters_disabled,
-            active_adapters=self.active_adapters,
-            merged_adapters=[],
-            requires_grad={name: adapter.tuning is not None for name, adapter in self._adapters.items()},
-            available_adapters=list(self._adapters),
-            devices={name: [device] for name in self._adapters},
-            quantization_backend=None,
-        )
-
     # --- inside -------------------------------------------------------------------------------------------------------
+
+    def check_free(self) -> None:
+        """Raise FishError inside ``disable_adapter()``, where no adapter can come or go."""
+        self._adapters.check_free()
+
+    def mirror(self) -> None:
+        """Have the values of all trainable adapters, and no others, as parameters of this module."""
+        tunings = {name: tuning for name in self._adapters if (tuning := self._adapters.tuning(name)) is not None}
+        for name in self.values.keys() - tunings.keys():
+            del self.values[name]
+        for name, tuning in tunings.items():
+            tree = self.values._modules.get(name)
+            if not isinstance(tree, ValueTree) or not tree.serves(tuning):
+                self.values[name] = ValueTree(tuning)
 
     @override
     def _apply(self, fn: Any, recurse: bool = True) -> "FishModel":
         """Move or convert the base while no adapter is in it; adapters follow."""
-        with self._nothing_active():
-            before = _places(self.get_base_model())
-            self.base_model._apply(fn, recurse)
-            if _places(self.get_base_model()) != before:
-                for adapter in self._adapters.values():
-                    if adapter.tuning is not None:
-                        adapter.tuning.rebase()
-                self._switch.rebase()
+        self._adapters.convert(lambda: self.base_model._apply(fn, recurse))
         return self
-
-    def _hook_state(self) -> None:
-        """Keep the base's weights out of the state, and out of what a load misses."""
-        prefixes: list[str] = []
-
-        def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-            weights = {id(p) for p in self.get_base_model().parameters()}
-            own = {f"{prefix}base_model.model.{n}" for n, p in self._base_names() if id(p) in weights}
-            for key in own & state.keys():
-                del state[key]
-
-        def remember(module: nn.Module, state: Any, prefix: str, *rest: Any) -> None:
-            prefixes[:] = [prefix]
-
-        def forgive(module: nn.Module, incompatible: Any) -> None:
-            own = {f"{prefixes[0]}base_model.model.{n}" for n, _ in self._base_names()}
-            incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in own]
-            if self.tuning is not None and self.tuning.attached:
-                self.tuning.write_back()
-
-        self.register_state_dict_post_hook(drop)
-        self.register_load_state_dict_pre_hook(remember)
-        self.register_load_state_dict_post_hook(forgive)
-
-    def _base_names(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self.get_base_model().named_parameters(remove_duplicate=False))
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DDP leaves alone, by the name it looks for: the base's weights, and buffers outside its state."""
         return [f"base_model.model.{name}" for name in ignored_by_ddp(self.get_base_model())]
 
-    def _check_replicas(self) -> None:
-        tuning = self.tuning
-        if tuning is None or not torch.is_grad_enabled():
-            return
-        if not self._agreed:
-            agree_on(tuning)
-            self._agreed = True
-        refuse_unseen(tuning)
-
-    def _known(self, name: str) -> _Adapter:
-        if name not in self._adapters:
-            raise ValueError(f"there is no adapter {name!r}; there are: {', '.join(self._adapters) or 'none'}")
-        return self._adapters[name]
+    def _named(self, name: str | None) -> str:
+        """Return a name, by default that of the active adapter."""
+        if name is None and self.active_adapter is None:
+            raise ValueError("no adapter is active: add_adapter() or load_adapter(), then set_adapter()")
+        found = name or self.active_adapter or ""
+        self._adapters.check(found)
+        return found
 
     def _check_new(self, name: str) -> None:
-        if name in self._adapters:
+        if name in self._configs:
             raise ValueError(f"there is an adapter {name!r} already: delete_adapter() it first, or take another name")
-        if not name or "." in name or "/" in name or os.sep in name:
-            raise ValueError(f"an adapter's name becomes part of parameters' and folders' names, got {name!r}")
+        if not name or "." in name or "/" in name or os.sep in name or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"an adapter's name becomes part of parameters' and folders' names, and {name!r} cannot")
 
-    def _enlist(self, name: str, config: FishConfig, tuning: Tuning | None) -> None:
-        self._adapters[name] = _Adapter(config, tuning)
-        if tuning is not None:
-            self.values[name] = ValueTree(tuning)
+    def _check_finite(self, names: Sequence[str]) -> None:
+        for name in names:
+            entries = self.delta(name).entries(self.get_base_model())
+            if wrong := [parameter for parameter, (_, values) in entries.items() if not bool(values.isfinite().all())]:
+                raise ValueError(f"adapter {name!r} has values that are not finite: {', '.join(wrong)}")
 
-    def _discard(self, name: str) -> None:
-        """Forget an adapter that is not in the model."""
-        tuning = self._adapters.pop(name).tuning
-        if tuning is None:
-            self._switch.remove(name)
-        else:
-            tuning.revert()
-            del self.values[name]
+    def _combined(self, names: Sequence[str], weights: Sequence[float], overlap: Any) -> Delta:
+        from fishmask.combine import combine
 
-    def _attached_apart(self, mask: Mask) -> Tuning:
-        """Attach a mask to the base and suspend it, whatever is active."""
-        with self._nothing_active():
-            tuning = attach(self.get_base_model(), mask)
-            tuning.suspend()
-        for values in tuning.parameters():
-            values.requires_grad_(False)
-        return tuning
+        deltas = [self.delta(self._named(name)) for name in names]
+        with self._adapters.base():
+            return combine(self.get_base_model(), deltas, weights, overlap=overlap)
 
-    def _take_in(self, name: str, config: FishConfig, delta: Delta, check_base: bool) -> None:
-        """Make an adapter of a delta."""
-        model = self.get_base_model()
-        with self._nothing_active():
-            if config.inference_mode:
-                self._switch.add(name, delta, check_base=check_base)
-                self._enlist(name, config, None)
-                return
-            delta.check(model, check_base)
-            tuning = attach(model, delta.mask)
-            try:
-                _read_into(tuning, delta)
-            finally:
-                tuning.suspend()
-            self._enlist(name, config, tuning)
-            for values in tuning.parameters():
-                values.requires_grad_(False)
-
-    def _overwrite(self, tuning: Tuning, delta: Delta, name: str, check_base: bool) -> None:
-        """Read a delta into a trainable adapter, whose values keep their identity where the mask is the same."""
-        with self._base():
-            delta.check(self.get_base_model(), check_base)
-        with self._active_while(name):
-            if tuning.check_mask(delta.mask) != tuning.mask:
-                tuning.set_mask(delta.mask)
-                self.values[name] = ValueTree(tuning)
-            _read_into(tuning, delta)
-
-    def _rest(self) -> None:
-        """Take the active adapter out of the model."""
-        tuning = self.tuning
-        if tuning is not None:
-            tuning.suspend()
-            for values in tuning.parameters():
-                values.requires_grad_(False)
-        else:
-            self._switch.use(None)
-        self._active = None
-
-    def _wake(self, name: str) -> None:
-        """Put an adapter into the model, which holds none."""
-        tuning = self._adapters[name].tuning
-        if tuning is not None:
-            tuning.resume()
-        else:
-            self._switch.use(name)
-        self._active = name
-
-    @contextmanager
-    def _nothing_active(self) -> Iterator[None]:
-        """Have no adapter active for a while."""
-        active = self._active
-        self._rest()
-        try:
-            yield
-        finally:
-            if active is not None:
-                self._wake(active)
-
-    @contextmanager
-    def _active_while(self, name: str) -> Iterator[None]:
-        """Have another adapter active for a while."""
-        active = self._active
-        if name == active:
-            yield
-            return
-        with self._nothing_active():
-            self._wake(name)
-            try:
-                yield
-            finally:
-                self._rest()
-
-    @contextmanager
-    def _base(self) -> Iterator[None]:
-        """Have the base's weights in the model for a while, at the least cost; the active adapter stays active."""
-        tuning = self.tuning
-        if tuning is not None:
-            with tuning.disabled():
-                yield
-            return
-        in_use = self._switch.active
-        self._switch.use(None)
-        try:
-            yield
-        finally:
-            self._switch.use(in_use)
+    def _released(self) -> nn.Module:
+        """Forget all adapters and return the base with what is in it."""
+        self._adapters.release()
+        self._configs.clear()
+        self.mirror()
+        return self.get_base_model()
 
 
-def _read_into(tuning: Tuning, delta: Delta) -> None:
-    """Set the values, and the buffers, of an attached model to those of a delta with the same mask."""
-    with torch.no_grad():
-        for name, values in tuning.named_parameters():
-            values.copy_(delta.values[name])
-        buffers = dict(tuning.model.named_buffers())
-        for name, buffer in delta.buffers.items():
-            buffers[name].copy_(buffer)
-    tuning.write_back()
+def _refuse_mixed(adapter_names: list[str] | None) -> None:
+    if adapter_names is not None:
+        raise ValueError(
+            "one adapter at a time is in the weights, so adapter_names cannot mix several within a batch: split the "
+            "batch by adapter and call set_adapter() before each part"
+        )
 
 
-def _places(model: nn.Module) -> list[Any]:
-    return [(p.dtype, p.device) for p in model.parameters()]
+def _refuse_meta(model: nn.Module) -> None:
+    if without := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise FishError(
+            f"{len(without)} weights of the base are without memory (on the meta device), such as {without[0]}: "
+            "adapters are values in its weights, so load them all, without offloading"
+        )

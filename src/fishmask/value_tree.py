@@ -25,11 +25,16 @@ class ValueTree(nn.Module):
             *path, last = name.split(".")
             place: nn.Module = self
             for part in path:
-                if part not in place._modules:
-                    place.add_module(part, nn.Module())
-                place = place.get_submodule(part)
-            place.register_parameter(last, values)
+                # Not add_module(): a model may have parts with names such as "type", which nn.Module has as well.
+                below = place._modules.setdefault(part, nn.Module())
+                assert below is not None
+                place = below
+            place._parameters[last] = values
         self._digest = tuning.mask.digest
+
+    def serves(self, tuning: Tuning) -> bool:
+        """Whether these are the values that the tuning trains."""
+        return [id(p) for p in self.parameters()] == [id(p) for p in ValueTree(tuning).parameters()]
 
     @override
     def _apply(self, fn: Any, recurse: bool = True) -> "ValueTree":
@@ -53,7 +58,9 @@ class ValueTree(nn.Module):
         error_msgs: list[str],
     ) -> None:
         found: Tensor | None = state_dict.pop(prefix + _DIGEST, None)
-        if found is not None and not torch.equal(found.cpu(), _bytes(self._digest)):
+        if found is None and strict:
+            missing_keys.append(prefix + _DIGEST)
+        elif found is not None and not torch.equal(found.cpu(), _bytes(self._digest)):
             raise FishError(
                 f"this state is of mask {bytes(found.tolist()).hex()[:12]}, but the adapter trains mask "
                 f"{self._digest[:12]}: choose the same mask, or read the adapter with load_adapter()"

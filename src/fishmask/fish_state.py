@@ -1,0 +1,105 @@
+"""The state of a ``FishModel``: values and the base's buffers, without the base's weights; and what DDP reduces."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from fishmask.attach import Tuning
+from fishmask.data_parallel import agree_on, refuse_unseen
+from fishmask.errors import FishError
+
+if TYPE_CHECKING:
+    from fishmask.fish_model import FishModel
+
+_BASE = "base_model.model."  # where a FishModel has its base
+
+
+def hook_state(model: "FishModel") -> None:
+    """Keep the base's weights out of the model's state, and out of what a load misses.
+
+    The hooks are functions that know no model, so a copy of the model takes them along and they serve the copy.
+    """
+    model.register_state_dict_pre_hook(_bring_up_to_date)
+    model.register_state_dict_post_hook(_leave_out_weights)
+    model.register_load_state_dict_pre_hook(_refuse_weights)
+    model.register_load_state_dict_post_hook(_forgive_weights)
+
+
+def _bring_up_to_date(model: Any, prefix: str, keep_vars: bool) -> None:
+    model.mirror()
+
+
+def _leave_out_weights(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in _weights_in(model, state, prefix):
+        del state[key]
+
+
+def _refuse_weights(model: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    model.mirror()
+    model.check_free()
+    if found := _weights_in(model, state, prefix):
+        raise FishError(
+            f"this state holds weights of the base ({found[0]} and {len(found) - 1} more), which that of a FishModel "
+            "does not: load them into the base before it becomes a FishModel"
+        )
+    model.loading_prefix = prefix
+
+
+def _forgive_weights(model: Any, incompatible: Any) -> None:
+    own = {f"{model.loading_prefix}{_BASE}{name}" for name in _names(model)}
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in own]
+    if model.tuning is not None and not model.tuning.suspended:
+        model.tuning.write_back()
+
+
+def _weights_in(model: Any, state: dict[str, Any], prefix: str) -> list[str]:
+    """Name the keys that belong to weights of the base; quantized ones have several."""
+    own, start = _names(model), f"{prefix}{_BASE}"
+    return [key for key in state if key.startswith(start) and _part_of(key.removeprefix(start), own)]
+
+
+def _part_of(key: str, names: set[str]) -> bool:
+    while key:
+        if key in names:
+            return True
+        key = key.rpartition(".")[0]
+    return False
+
+
+def _names(model: Any) -> set[str]:
+    return {name for name, _ in model.get_base_model().named_parameters(remove_duplicate=False)}
+
+
+class ReplicaCheck:
+    """What ``DistributedDataParallel`` around a FishModel is asked in a forward: does it know the values that train?"""
+
+    def __init__(self) -> None:
+        self._known: tuple[int, set[int]] | None = None  # a DDP and the values it was first seen with
+
+    def __call__(self, tuning: Tuning) -> None:
+        """Compare masks and weights of the workers in a DDP's first forward; refuse other values in later ones.
+
+        Raises:
+            HandshakeError: The workers' masks or weights differ.
+            FishError: The active adapter or its mask is another one since, or the values cannot be seen to be used.
+        """
+        ddp = DistributedDataParallel._active_ddp_module
+        if ddp is None or not torch.is_grad_enabled():
+            return
+        values = {id(p) for p in tuning.parameters()}
+        if self._known is None or self._known[0] != id(ddp):
+            agree_on(tuning)
+            self._known = id(ddp), values
+        elif self._known[1] != values:
+            raise FishError(
+                "another adapter or mask is active since this DistributedDataParallel was made, so it would not reduce "
+                "these values: make a new one after set_adapter() or set_mask()"
+            )
+        refuse_unseen(tuning)
+
+    def __deepcopy__(self, memo: Any) -> "ReplicaCheck":
+        return ReplicaCheck()
+
+    def __reduce__(self) -> Any:
+        return ReplicaCheck, ()
