@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fishmask.errors import FishError
 from fishmask.fingerprint import raw_bits
 from fishmask.live import is_attached
-from fishmask.params import canonical_parameters, put
+from fishmask.params import put
+from fishmask.quantized import settle, weights
 
 Entries = Mapping[str, tuple[Tensor, Tensor]]  # name -> sorted flat indices (int64, CPU), values in the weight's dtype
 
@@ -31,8 +32,8 @@ _history: "WeakKeyDictionary[nn.Module, list[_Application]]" = WeakKeyDictionary
 
 
 def targets(model: nn.Module) -> dict[str, Tensor]:
-    """Return all tensors that a delta may write to: floating-point parameters and buffers."""
-    return {**dict(model.named_buffers()), **canonical_parameters(model)}
+    """Return all tensors that a delta may write to: floating-point parameters, quantized ones, and buffers."""
+    return {**dict(model.named_buffers()), **weights(model)}
 
 
 def is_applied(model: nn.Module, owner: object) -> bool:
@@ -70,10 +71,11 @@ def write(model: nn.Module, owner: object, entries: Entries) -> None:
         FishError: The model is attached: the values of its tuning would overwrite the entries again.
     """
     _refuse_attached(model)
+    settle(model)
     tensors = targets(model)
     found = {name: read(tensors[name], indices) for name, (indices, _) in entries.items()}
     for name, (indices, values) in entries.items():
-        _write(tensors[name], indices, raw_bits(values))
+        write_bits(tensors[name], indices, raw_bits(values))
     _history.setdefault(model, []).append(_Application(owner, entries, found))
 
 
@@ -101,7 +103,7 @@ def revert(model: nn.Module, owner: object) -> None:
     for name, (indices, _) in mine.entries.items():
         _hand_over(name, mine, later)
         seen = visible[name]
-        _write(tensors[name], indices[seen], mine.found[name][seen.to(mine.found[name].device)])
+        write_bits(tensors[name], indices[seen], mine.found[name][seen.to(mine.found[name].device)])
     del applications[place]
 
 
@@ -117,7 +119,7 @@ def restored(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
         return tensor
     copy = tensor.detach().clone()
     for application in reversed(applications):
-        _write(copy, application.entries[name][0], application.found[name])
+        write_bits(copy, application.entries[name][0], application.found[name])
     return copy
 
 
@@ -152,8 +154,14 @@ def _hand_over(name: str, mine: _Application, later: list[_Application]) -> None
 
 def read(tensor: Tensor, indices: Tensor) -> Tensor:
     """Return the bits at flat indices, as integers, on the tensor's device."""
+    if not isinstance(tensor, Tensor):  # a QuantizedWeight
+        return raw_bits(tensor.take(indices))
     return raw_bits(tensor).take(indices.to(tensor.device))
 
 
-def _write(tensor: Tensor, indices: Tensor, bits: Tensor) -> None:
+def write_bits(tensor: Tensor, indices: Tensor, bits: Tensor) -> None:
+    """Write bits, as integers, to flat indices of a tensor."""
+    if not isinstance(tensor, Tensor):  # a QuantizedWeight
+        put(tensor, indices, bits.view(tensor.dtype))
+        return
     put(raw_bits(tensor), indices.to(tensor.device), bits.to(tensor.device))

@@ -24,7 +24,8 @@ from fishmask.handshake import agree
 from fishmask.live import LIVE, TRAINERS, hook_optimizers, is_attached
 from fishmask.mask import Mask
 from fishmask.originals import Originals, Present
-from fishmask.params import aliases, canonical_parameters, put, take
+from fishmask.params import aliases, put, take
+from fishmask.quantized import QuantizedWeight, foreign, packed, settle, untrainable, weights
 from fishmask.sharded import Part, Shards, is_sharded
 from fishmask.sites import DenseGradient, Entry, Hook, Site, hook_input_embeddings, site_for
 from fishmask.watch import Watch
@@ -93,8 +94,11 @@ class Tuning:
                 "or detach() or revert() it first"
             )
         self._shards = Shards.of(model)
-        parameters = canonical_parameters(model)
+        parameters = weights(model)
         mask = self.mask = self._agreed(mask, model)
+        if faults := untrainable(model):
+            raise FishError("this quantized model cannot be trained:\n  " + ";\n  ".join(faults))
+        settle(model)
         self.model = model
         self.loads = 0
         self._attached = True
@@ -154,10 +158,10 @@ class Tuning:
         return self._shards
 
     def settled_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the model's floating-point parameters by canonical name, as shards where FSDP2 has gathered some."""
+        """Return everything that entries may be of, by canonical name; as shards where FSDP2 has gathered some."""
         if self._shards is not None:
             self._shards.settle()
-        return canonical_parameters(self.model)
+        return weights(self.model)
 
     # --- the values ---------------------------------------------------------------------------------------------------
 
@@ -338,7 +342,7 @@ class Tuning:
         with torch.inference_mode(False):
             self._begin()
             self._hook()
-        for name, p in canonical_parameters(self.model).items():
+        for name, p in weights(self.model).items():
             p.requires_grad_(name in self._general)
         for values in self.parameters():
             values.requires_grad_(True)
@@ -356,7 +360,7 @@ class Tuning:
         """
         if self._away is None:
             raise FishError("rebase() is for a suspended Tuning: call suspend() before moving or converting the model")
-        parameters, touched = canonical_parameters(self.model), self.originals.indices
+        parameters, touched = weights(self.model), self.originals.indices
         with torch.inference_mode(False):
             self.originals = Originals(self.model)
             for name, indices in touched.items():
@@ -386,18 +390,18 @@ class Tuning:
             return
         with torch.no_grad():
             self.write_back()
-        weights = [self._entries[name].weight for name in self._general]
+        general = [self._entries[name].weight for name in self._general]
         with self.originals.put_back(self.model):
             self._disabled = True
             self._pause(self._paused)
-            for weight in weights:
+            for weight in general:
                 weight.requires_grad_(False)
             try:
                 yield
             finally:
                 self._disabled = False
                 self._pause(self._paused)
-                for weight in weights:
+                for weight in general:
                     weight.requires_grad_(True)
 
     @torch.no_grad()
@@ -485,10 +489,10 @@ class Tuning:
     def _agreed(self, mask: Mask, model: nn.Module) -> Mask:
         """Return ``_fitting``'s mask, or raise its error, once all ranks of a sharded model have come to the same."""
         if self._shards is None:
-            return _fitting(mask, model, canonical_parameters(model))
+            return _fitting(mask, model, weights(model))
         self._shards.settle()
         try:
-            fitting, found = _fitting(mask, model, canonical_parameters(model)), None
+            fitting, found = _fitting(mask, model, weights(model)), None
         except ValueError as error:
             fitting, found = mask, error
         agree(self._shards.wire, {"mask": fitting.digest if found is None else str(found)})
@@ -553,7 +557,7 @@ class Tuning:
 
     def _hook(self) -> None:
         """Give each module that owns masked entries its site; parameters that have none take the general path."""
-        names = {id(entry.weight): name for name, entry in self._entries.items()}
+        names = {id(packed(entry.weight)): name for name, entry in self._entries.items()}
         general: list[str] = []
         for module in self.model.modules():
             owned = {attribute: names[id(p)] for attribute, p in module._parameters.items() if id(p) in names}
@@ -585,7 +589,7 @@ class Tuning:
 
     def _used(self, name: str) -> nn.Parameter:
         """Return what the layers use for a masked parameter."""
-        weight = self._entries[name].weight
+        weight = packed(self._entries[name].weight)
         return weight if self._shards is None else self._shards.whole.get(name, weight)
 
     def _unhook(self) -> None:
@@ -644,6 +648,11 @@ class Tuning:
         """Serve a weight that is also used outside its own module; this use and all later ones count from now on."""
         for name in self._entries:
             if self._used(name) is weight and name not in self._general:
+                if isinstance(self._entries[name].weight, QuantizedWeight):
+                    raise FishError(
+                        f"{name} is quantized and used outside its own layer, where the trained entries are not: "
+                        "leave it out of the mask, or load the model unquantized"
+                    )
                 self._generalise(name)
                 if self._forwards > 2:
                     warnings.warn(
@@ -672,7 +681,10 @@ def _fitting(mask: Mask, model: nn.Module, parameters: Mapping[str, nn.Parameter
     for name, indices in mask.indices.items():
         p = parameters.get(canonical.get(name, ""))
         if p is None:
-            faults.append(f"{name}: the model has no such parameter")
+            other = foreign(dict(model.named_modules()).get(name.rpartition(".")[0]))
+            faults.append(f"{name}: {other or 'the model has no such parameter'}")
+        elif isinstance(p, QuantizedWeight) and (reason := p.unfit()) is not None:
+            faults.append(f"{name}: {reason}")
         elif name in mask.shapes and tuple(mask.shapes[name]) != tuple(p.shape):
             faults.append(f"{name}: shape {tuple(mask.shapes[name])} in the mask, {tuple(p.shape)} in the model")
         elif int(indices[-1]) >= p.numel():

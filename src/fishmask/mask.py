@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fishmask import container
 from fishmask.errors import FishError
 from fishmask.fingerprint import State, common_tensors, raw_bits
-from fishmask.params import canonical_parameters, matching
+from fishmask.params import matching
+from fishmask.quantized import weights
 from fishmask.select import budget, random_k, top_k
 
 Patterns = str | Sequence[str]
@@ -342,14 +343,14 @@ class Mask:
 
 
 def _tensors(model: Tensors) -> Mapping[str, Tensor]:
-    return canonical_parameters(model) if isinstance(model, nn.Module) else model
+    return weights(model) if isinstance(model, nn.Module) else model
 
 
 def _shapes(source: Shapes | None) -> dict[str, torch.Size]:
     if source is None:
         return {}
     if isinstance(source, nn.Module):
-        return {name: p.shape for name, p in canonical_parameters(source).items()}
+        return {name: p.shape for name, p in weights(source).items()}
     return {n: shape.shape if isinstance(shape, Tensor) else torch.Size(shape) for n, shape in source.items()}
 
 

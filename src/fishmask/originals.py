@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fishmask.errors import FishError
 from fishmask.fingerprint import raw_bits
-from fishmask.params import among, canonical_parameters, put, take
+from fishmask.params import among, put, take
+from fishmask.quantized import QuantizedWeight, weights
 from fishmask.sharded import is_sharded, local_rows, total
 
 
@@ -36,7 +37,7 @@ class Present:
 
     def write(self, model: nn.Module) -> None:
         """Make ``model`` that again, in place."""
-        parameters, buffers = canonical_parameters(model), persistent_buffers(model)
+        parameters, buffers = weights(model), persistent_buffers(model)
         with torch.no_grad():
             for name, entries in self.entries.items():
                 entries.write(parameters[name])
@@ -45,8 +46,11 @@ class Present:
 
     def like(self, model: nn.Module) -> "Present":
         """Return the same in the dtypes and on the devices that ``model`` has now."""
-        parameters = canonical_parameters(model)
-        moved = {name: _Original(o.indices, o.bits.to(parameters[name])) for name, o in self.entries.items()}
+        parameters = weights(model)
+        moved = {
+            name: _Original(o.indices, o.bits.to(parameters[name].device, parameters[name].dtype))
+            for name, o in self.entries.items()
+        }
         return Present(moved, self.buffers)
 
 
@@ -55,7 +59,7 @@ class Originals:
 
     def __init__(self, model: nn.Module) -> None:
         self._entries: dict[str, _Original] = {}
-        self._sums = {name: (p.dtype, _sum(p)) for name, p in canonical_parameters(model).items()}
+        self._sums = {name: (p.dtype, _sum(p)) for name, p in weights(model).items()}
         self._buffers = {name: buffer.detach().clone() for name, buffer in persistent_buffers(model).items()}
 
     @property
@@ -82,7 +86,7 @@ class Originals:
 
     def check(self, model: nn.Module) -> None:
         """Raise FishError if anything but the remembered entries changed, told by a sum over each parameter's bits."""
-        parameters, buffers = canonical_parameters(model), persistent_buffers(model)
+        parameters, buffers = weights(model), persistent_buffers(model)
         changed = []
         for name, (dtype, known) in self._sums.items():
             p = parameters.get(name)
@@ -107,7 +111,7 @@ class Originals:
 
     def restore(self, model: nn.Module) -> None:
         """Give ``model`` its base back, in place, bit for bit."""
-        parameters, buffers = canonical_parameters(model), persistent_buffers(model)
+        parameters, buffers = weights(model), persistent_buffers(model)
         for name, original in self._entries.items():
             original.write(parameters[name])
         for name in self.changed_buffers(model).keys() & self._buffers.keys():
@@ -115,7 +119,7 @@ class Originals:
 
     def base(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Yield the base's parameters, a restored copy of one touched parameter at a time."""
-        for name, p in canonical_parameters(model).items():
+        for name, p in weights(model).items():
             weight = p.detach()
             if name in self._entries:
                 weight = weight.clone()
@@ -135,13 +139,13 @@ class Originals:
 
     def present(self, model: nn.Module) -> Present:
         """Return what ``model`` is now, where it may differ from its base."""
-        parameters = canonical_parameters(model)
+        parameters = weights(model)
         entries = {name: _Original(o.indices, take(parameters[name], o.indices)) for name, o in self._entries.items()}
         return Present(entries, self.changed_buffers(model))
 
     def differing(self, model: nn.Module) -> list[str]:
         """Name the parameters whose remembered entries are not the base's; costs k, where ``check`` costs n."""
-        parameters = canonical_parameters(model)
+        parameters = weights(model)
         return [name for name, original in self._entries.items() if not original.is_in(parameters.get(name))]
 
     def bits(self, name: str, indices: Tensor) -> Tensor:
@@ -168,7 +172,9 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _sum(tensor: Tensor) -> int:
+def _sum(tensor: Tensor | QuantizedWeight) -> int:
+    if isinstance(tensor, QuantizedWeight):
+        return tensor.checksum()
     if is_sharded(tensor):
         return total(tensor, _sum(local_rows(tensor)))
     bits = raw_bits(tensor.detach())

@@ -13,10 +13,23 @@ from torch import Tensor, nn
 
 from fishmask import sharded
 
+BITSANDBYTES = ("Params4bit", "Int8Params")  # its classes of parameters
+
 
 def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the floating-point parameters of ``model`` by canonical name, in module order, tied ones once."""
-    return {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    """Return the floating-point parameters of ``model`` by canonical name, in module order, tied ones once.
+
+    Quantized weights are not among them; ``fishmask.quantized.weights`` has them too.
+    """
+    return {name: p for name, p in model.named_parameters() if p.is_floating_point() and not is_quantized(p)}
+
+
+def is_quantized(parameter: Tensor) -> bool:
+    """Whether a parameter holds a quantized form of its numbers, of bitsandbytes or torchao."""
+    kind = type(parameter)
+    if kind.__name__ in BITSANDBYTES and kind.__module__.startswith("bitsandbytes."):
+        return not parameter.is_floating_point()  # they are made with float weights, and quantized when moved
+    return kind.__module__.startswith("torchao.") and hasattr(parameter, "__tensor_flatten__")
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
@@ -27,7 +40,9 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 def put(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
     """Write ``values`` to flat indices of ``tensor``, in place, whatever its strides; sorted ones if it is sharded."""
-    if sharded.is_sharded(tensor):
+    if not isinstance(tensor, Tensor):  # a QuantizedWeight
+        tensor.put(indices, values)
+    elif sharded.is_sharded(tensor):
         sharded.put(tensor, indices, values)
     elif tensor.is_contiguous():
         tensor.view(-1).index_copy_(0, indices, values)
@@ -40,6 +55,8 @@ def take(tensor: Tensor, indices: Tensor) -> Tensor:
 
     Those of a sharded tensor come from all of its ranks, which call this together with the same sorted indices.
     """
+    if not isinstance(tensor, Tensor):  # a QuantizedWeight
+        return tensor.take(indices)
     if sharded.is_sharded(tensor):
         return sharded.take(tensor, indices.to(tensor.device))
     return tensor.detach().take(indices.to(tensor.device))

@@ -22,6 +22,9 @@ _TRANSPOSE = 0.8  # bringing one column into the row-major layout that the sampl
 _READ = 0.27  # reading one column of an operand for a dense product, however small the product
 _GATHER = 1.0  # copying one used column
 _SKIP = 0.05  # passing one unused column while copying
+_SCATTER = 4.0  # adding one used column to its place
+_SPREAD = 3.0  # bringing one column into the layout of a CSR product, and back
+_NONZERO = 0.05  # one multiply-add of a CSR product
 
 # Tokens per sampled product: transposed copies of this size stay in the cache, twice as quick as whole ones.
 _CHUNK = 128
@@ -161,6 +164,71 @@ class LookupPlan:
         result = torch.zeros(len(self.column), device=grad.device)
         result[entry] = sums[owner, self.column[entry]]
         return result
+
+
+Sparse = tuple[Tensor, ...]  # S as its plan wants it: the block [R, C], or CSR of S and of its transpose
+
+
+class SidePlan:
+    """``out + x Sᵀ`` and ``dY S`` for a sparse S [rows, columns], x [T, columns], out and dY [T, rows].
+
+    Two kinds: "block" multiplies only the used columns of x by S's used rows and columns, a small dense matrix where
+    the entries cluster; "CSR" multiplies entry by entry. The cheaper one is taken unless ``block`` says which, so no
+    dense matrix of the layer's size is ever made for scattered entries.
+    """
+
+    def __init__(
+        self, indices: Tensor, shape: Sequence[int], *, device: torch.device, block: bool | None = None
+    ) -> None:
+        self.shape = (int(shape[0]), int(shape[1]))
+        row, column = indices // self.shape[1], indices % self.shape[1]
+        rows, row_at = torch.unique(row, return_inverse=True)
+        columns, column_at = torch.unique(column, return_inverse=True)
+        block_cost = _product_cost(len(rows), len(columns)) + _GATHER * len(columns) + _SCATTER * len(rows)
+        csr_cost = _SPREAD * sum(self.shape) + _NONZERO * len(indices)
+        self.block = block_cost <= csr_cost if block is None else block
+        if self.block:
+            self.rows, self.columns = rows.to(device), columns.to(device)
+            self.position = (row_at * len(columns) + column_at).to(device)
+            return
+        _silence_csr_warning()
+        by_column = torch.argsort(column, stable=True)
+        self.by_row = (_starts(row, self.shape[0]).to(device), column.to(device))
+        self.by_column = (_starts(column, self.shape[1]).to(device), row[by_column].to(device))
+        self.order = by_column.to(device)
+
+    def sparse(self, values: Tensor, dtype: torch.dtype) -> Sparse:
+        """Return S for its values [K] in the order of the indices."""
+        if self.block:
+            block = torch.zeros(len(self.rows) * len(self.columns), device=values.device)
+            block[self.position] = values
+            return (block.view(len(self.rows), len(self.columns)).to(dtype),)
+        if values.device.type == "cpu":
+            dtype = torch.float32  # half precision is slow there
+        values, (rows, columns) = values.to(dtype), self.shape
+        by_row = torch.sparse_csr_tensor(*self.by_row, values, size=(rows, columns), check_invariants=False)
+        transposed = torch.sparse_csr_tensor(
+            *self.by_column, values[self.order], size=(columns, rows), check_invariants=False
+        )
+        return by_row, transposed
+
+    def added(self, out: Tensor, x: Tensor, sparse: Sparse) -> Tensor:
+        """Return ``out + x Sᵀ`` [T, rows], in the dtype of both."""
+        if self.block:
+            return out.index_add(1, self.rows, x.index_select(1, self.columns) @ sparse[0].t())
+        return out + (sparse[0] @ x.t().to(sparse[0].dtype)).t().to(out.dtype)
+
+    def transposed(self, dY: Tensor, sparse: Sparse) -> Tensor:
+        """Return ``dY S`` [T, columns]."""
+        if self.block:
+            dX = dY.new_zeros(len(dY), self.shape[1])
+            return dX.index_add_(1, self.columns, dY.index_select(1, self.rows) @ sparse[0])
+        return (sparse[1] @ dY.t().to(sparse[1].dtype)).t().to(dY.dtype)
+
+
+def _starts(places: Tensor, size: int) -> Tensor:
+    """Return where the run of each place begins once entries are sorted by it, and the end: CSR's row pointers."""
+    return F.pad(torch.bincount(places, minlength=size).cumsum(0), (1, 0))
 
 
 def _used(positions: Tensor, size: int, other: int) -> tuple[Tensor | None, Tensor, int]:

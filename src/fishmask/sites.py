@@ -289,7 +289,7 @@ def site_for(module: nn.Module, entries: Mapping[str, Entry]) -> Site | None:
         return None
     weight, bias = entries.get("weight"), entries.get("bias")
     kind = own_class(module)
-    if isinstance(module, nn.Linear) and kind is nn.Linear:
+    if isinstance(module, nn.Linear) and (kind is nn.Linear or kind.__module__.startswith("bitsandbytes.")):
         return LinearSite(weight, bias, transposed=False)
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         return LinearSite(weight, bias, transposed=True)
