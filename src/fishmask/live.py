@@ -62,7 +62,7 @@ def hook_optimizers() -> None:
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         refuse_retired(optimizer)
-        _refuse_empty(optimizer)
+        _refuse_idle(optimizer)
         for tuning in _trained_by(optimizer):
             tuning._stepping = True  # a closure runs forwards inside the step
 
@@ -85,12 +85,15 @@ def _trained_by(optimizer: Optimizer) -> "list[Tuning]":
     return [tuning for tuning in list(LIVE) if any(id(values) in held for values in tuning.parameters())]
 
 
-def _refuse_empty(optimizer: Optimizer) -> None:
-    """Refuse the optimizer that a trainer has made of a model whose every parameter is frozen."""
-    if any(group["params"] for group in optimizer.param_groups):
+def _refuse_idle(optimizer: Optimizer) -> None:
+    """Refuse the optimizer that a trainer has made of an attached model's frozen weights, or of those not frozen."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(p.grad is not None for p in held):
         return
-    if any(values.grad is not None for tuning in list(LIVE) for values in tuning.parameters()):
+    waiting = [tuning for tuning in list(LIVE) if any(values.grad is not None for values in tuning.parameters())]
+    own = {id(p) for tuning in waiting for p in tuning.model.parameters()}
+    if waiting and (not held or any(id(p) in own for p in held)):
         raise FishError(
-            "this optimizer has no parameters, while the values of an attached model wait for a step: they are not "
+            "this optimizer has nothing to train, while the values of an attached model wait for a step: they are not "
             f"among model.parameters(). Build it from tuning.parameters(); {TRAINERS}"
         )
