@@ -78,8 +78,12 @@ def weights(net: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in net.state_dict().items()}
 
 
+def values_of(model: FishModel) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.tuning.named_parameters()}
+
+
 def values(run: Trainer) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in run.model.tuning.named_parameters()}
+    return values_of(run.model)
 
 
 def logged(run: Trainer, key: str) -> list[float]:
