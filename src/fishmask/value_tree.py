@@ -31,6 +31,7 @@ class ValueTree(nn.Module):
                 place = below
             place._parameters[last] = values
         self._digest = tuning.mask.digest
+        self.register_state_dict_post_hook(_with_own_memory)
 
     def serves(self, tuning: Tuning) -> bool:
         """Whether these are the values that the tuning trains."""
@@ -72,3 +73,10 @@ class ValueTree(nn.Module):
 
 def _bytes(digest: str) -> Tensor:
     return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
+
+
+def _with_own_memory(tree: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    """Copy the values: parts of one vector look like shared tensors, of which safetensors' helpers keep only one."""
+    for key, values in state.items():
+        if key.startswith(prefix) and not isinstance(values, nn.Parameter):  # those are wanted with keep_vars
+            state[key] = values.clone()
