@@ -14,6 +14,7 @@ from fishmask.fisher import scores
 from fishmask.loop import Descent, Progress, no_progress, other_batches
 from fishmask.mask import Mask
 from fishmask.params import canonical_parameters, matching
+from fishmask.quantized import weights
 from fishmask.recipe import Recipe
 from fishmask.select import budget, random_k, top_k
 
@@ -63,7 +64,7 @@ def outside_of_layers(model: nn.Module, keep: Sequence[str] = ()) -> list[str]:
     Raises:
         ValueError: The model has no such matrix.
     """
-    parameters = canonical_parameters(model)
+    parameters = weights(model)
     kept = set(matching(parameters, keep, "keep"))
     inside = {
         name for name, p in parameters.items() if p.dim() > 1 and any(part.isdecimal() for part in name.split("."))
@@ -106,7 +107,7 @@ def narrow(
         Diverged: The loss is not finite.
     """
     exclude = _excluded(model, recipe, keep)
-    sizes = {name: p.numel() for name, p in canonical_parameters(model).items()}
+    sizes = {name: p.numel() for name, p in weights(model).items()}
     kept, free, k = budget(sizes, recipe.density, keep, exclude)
     room = {name: sizes[name] for name in free}
     wide = random_k(room, min(recipe.candidates * k, sum(room.values())), recipe.seed)

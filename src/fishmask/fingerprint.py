@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fishmask.params import canonical_parameters
+from fishmask.quantized import weights
 from fishmask.sharded import is_sharded
 from fishmask.sharded import pieces as sharded_pieces
 
@@ -131,9 +131,9 @@ def common_tensors(state_a: State, state_b: State) -> dict[str, tuple[Tensor, Te
 
 
 def floating_tensors(state: State) -> dict[str, Tensor]:
-    """Return a model's floating-point parameters, or a state dict's floating-point tensors, by name."""
+    """Return a model's floating-point parameters, and quantized ones dequantized, or a state dict's, by name."""
     if isinstance(state, nn.Module):
-        return dict(canonical_parameters(state))
+        return {name: p if isinstance(p, Tensor) else p.detach() for name, p in weights(state).items()}
     return {name: t for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()}
 
 

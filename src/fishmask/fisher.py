@@ -18,6 +18,7 @@ from fishmask.errors import FishError
 from fishmask.guards import Guard, check_independence, left_as_found, require_gradients
 from fishmask.likelihoods import Labels, Likelihood, Loss
 from fishmask.params import canonical_parameters
+from fishmask.quantized import dequantized
 from fishmask.rules import ABSOLUTE, SQUARE, Power
 from fishmask.sharded import refuse
 
@@ -41,7 +42,7 @@ def fisher(
     The score is the sum, not the mean, over examples n of (d log p(y_n | x_n) / d theta)², exact to float32 rounding.
     For an example with several positions, log p is the sum over its positions. All floating-point parameters are
     scored, frozen ones too; one that the output does not depend on gets zeros. The model is scored in eval mode and
-    left as it was found.
+    left as it was found. Quantized linear layers are scored as plain ones with their dequantized weights.
 
     Args:
         model: A Hugging Face model, or any module together with what ``batches`` and ``loss`` say.
@@ -70,9 +71,9 @@ def fisher(
         >>> {name: list(score.shape) for name, score in scores.items()}
         {'weight': [3, 2], 'bias': [3]}
     """
-    return _example_sums(
-        model, batches, _checked(model, labels, examples, loss, engine, seed), examples, engine, progress
-    )
+    likelihood = _checked(model, labels, examples, loss, engine, seed)
+    with dequantized(model):
+        return _example_sums(model, batches, likelihood, examples, engine, progress)
 
 
 def scores(
@@ -113,29 +114,30 @@ def scores(
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
     likelihood = _checked(model, labels, examples, loss, engine, seed, ABSOLUTE if method == "absolute" else SQUARE)
-    parameters = canonical_parameters(model)
-    if method == "random":
-        return {
-            name: torch.from_numpy(np.random.default_rng((seed, i)).random(tuple(p.shape), np.float32)).to(p.device)
-            for i, (name, p) in enumerate(parameters.items())
-        }
-    if method == "magnitude":
-        magnitudes = {name: p.detach().float().abs() for name, p in parameters.items()}
-        _check_finite(magnitudes)
-        return magnitudes
-    if batches is None:
-        raise ValueError(f"method={method!r} needs batches; only 'magnitude' and 'random' do without")
-    if method in ("fisher", "absolute"):
-        return _example_sums(model, batches, likelihood, examples, engine, progress)
-    if labels == "expected":
-        raise ValueError(f"labels='expected' makes every score of method={method!r} zero; use 'given' or 'sampled'")
-    sums = _gradient_sums(model, batches, likelihood, examples, 1 if engine == "loop" else None, progress)
-    for name, p in parameters.items():
-        if method == "snip":
-            sums[name] *= p.detach().float()
-        sums[name].abs_()
-    _check_finite(sums)
-    return sums
+    with dequantized(model):
+        parameters = canonical_parameters(model)
+        if method == "random":
+            return {
+                name: torch.from_numpy(np.random.default_rng((seed, i)).random(tuple(p.shape), np.float32)).to(p.device)
+                for i, (name, p) in enumerate(parameters.items())
+            }
+        if method == "magnitude":
+            magnitudes = {name: p.detach().float().abs() for name, p in parameters.items()}
+            _check_finite(magnitudes)
+            return magnitudes
+        if batches is None:
+            raise ValueError(f"method={method!r} needs batches; only 'magnitude' and 'random' do without")
+        if method in ("fisher", "absolute"):
+            return _example_sums(model, batches, likelihood, examples, engine, progress)
+        if labels == "expected":
+            raise ValueError(f"labels='expected' makes every score of method={method!r} zero; use 'given' or 'sampled'")
+        sums = _gradient_sums(model, batches, likelihood, examples, 1 if engine == "loop" else None, progress)
+        for name, p in parameters.items():
+            if method == "snip":
+                sums[name] *= p.detach().float()
+            sums[name].abs_()
+        _check_finite(sums)
+        return sums
 
 
 def _example_sums(

@@ -11,7 +11,8 @@ from fishmask.errors import FishError
 from fishmask.fingerprint import raw_bits
 from fishmask.history import Entries, Reference, Segment
 from fishmask.mask import Mask
-from fishmask.params import among, canonical_parameters, find, take
+from fishmask.params import among, find, take
+from fishmask.quantized import weights
 
 Overlay = dict[str, tuple[Tensor, Tensor]]  # name -> sorted flat indices, bits as integers; on the CPU
 
@@ -42,7 +43,7 @@ class Followed:
 
 def left_entries(tuning: Tuning, below: Overlay) -> Entries:
     """Return the entries that were trained once, are not masked now, and differ from what is below the mask."""
-    parameters = canonical_parameters(tuning.model)
+    parameters = weights(tuning.model)
     left: Entries = {}
     for name, indices in tuning.originals.indices.items():
         masked = tuning.mask.indices.get(name, indices[:0])

@@ -6,6 +6,8 @@ taken and put, and putting the base's own bits back leaves nothing to add. bitsa
 here: where nobody has imported them there is no such weight.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,10 +33,12 @@ class QuantizedWeight:
     Attributes:
         module: The layer.
         attribute: Name of the parameter in it.
+        shared: Whether other layers use it too.
     """
 
     module: nn.Module
     attribute: str
+    shared: bool = False
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -78,6 +82,11 @@ class QuantizedWeight:
     def numel(self) -> int:
         """Return the number of entries."""
         return self.shape.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return self.numel() * self.dtype.itemsize
 
     def is_floating_point(self) -> bool:
         """Whether its numbers are, as they always are."""
@@ -171,6 +180,8 @@ class QuantizedWeight:
         """Say why its entries cannot be replaced; None if they can."""
         kind = type(self.module)
         known = kind is nn.Linear or (issubclass(kind, nn.Linear) and kind.__module__.startswith("bitsandbytes."))
+        if self.shared:
+            return f"it is quantized and shared by several layers, and a side path is one layer's; {_ADVICE}"
         if known and self.attribute == "weight" and "forward" not in vars(self.module):
             return None
         return f"it is a quantized {type(self.module).__name__}, and a side path needs a linear layer; {_ADVICE}"
@@ -197,12 +208,46 @@ def packed(weight: nn.Parameter) -> nn.Parameter:
 
 def quantized_weights(model: nn.Module) -> dict[int, QuantizedWeight]:
     """Return the quantized weights of ``model`` by the id of their parameter."""
-    return {
-        id(p): QuantizedWeight(module, attribute)
-        for module in model.modules()
-        for attribute, p in module._parameters.items()
-        if p is not None and is_quantized(p)
-    }
+    found: dict[int, QuantizedWeight] = {}
+    for module in model.modules():
+        for attribute, p in module._parameters.items():
+            if p is not None and is_quantized(p):
+                found[id(p)] = QuantizedWeight(module, attribute, shared=id(p) in found)
+    return found
+
+
+@contextmanager
+def dequantized(model: nn.Module) -> Iterator[None]:
+    """Have quantized linear layers hold their numbers as plain float32 weights for a while, so that autograd sees them.
+
+    This takes as much memory as the scores that it is for. Modules, names and hooks stay what they are.
+
+    Raises:
+        FishError: A 4-bit layer was repacked by bitsandbytes.
+    """
+    swapped: list[tuple[nn.Module, type[nn.Module], nn.Parameter, bool]] = []
+    try:
+        for weight in quantized_weights(model).values():
+            if weight.unfit() is None:
+                module, side = weight.module, side_of(weight.module)
+                dense = nn.Parameter(weight.detach(), requires_grad=False)
+                swapped.append((module, type(module), weight.parameter, side is not None and side.active))
+                if side is not None:
+                    side.active = False  # its entries are in the weight
+                module.__class__, module._parameters[weight.attribute] = _Plain, dense
+        yield
+    finally:
+        for module, kind, parameter, active in swapped:
+            module.__class__, module._parameters["weight"] = kind, parameter
+            if (side := side_of(module)) is not None:
+                side.active = active
+
+
+class _Plain(nn.Linear):
+    """A linear layer in float32, whatever it is given, that answers in the dtype it was given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight, None if self.bias is None else self.bias.float()).to(x.dtype)
 
 
 def untrainable(model: nn.Module) -> list[str]:

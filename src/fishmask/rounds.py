@@ -34,9 +34,9 @@ from fishmask.mask import Mask, Patterns
 from fishmask.merge import Proposal, Residual, Shared
 from fishmask.originals import persistent_buffers
 from fishmask.outer import MakeOuter, Outer
-from fishmask.params import canonical_parameters
 from fishmask.payload import Payload
 from fishmask.protocol import Denominator, Masks, Mode, Protocol, Reduction, preset_of
+from fishmask.quantized import weights
 from fishmask.round_log import Round, write_round, write_start
 from fishmask.union import Union, masks_of
 from fishmask.wire import Wire
@@ -382,7 +382,7 @@ class LocalRounds:
         self.number, self.step = given.get("number", self.number), given.get("step", self.step)
         self.pending, self._flying = 0, None
         model = self.tuning.model
-        parameters = canonical_parameters(model)
+        parameters = weights(model)
         facts: Facts = {
             "format": str(_VERSION),
             "parameters": {name: f"{p.dtype} {tuple(p.shape)}" for name, p in parameters.items()},
@@ -599,7 +599,7 @@ class LocalRounds:
         self._wire.read_counters()
 
     def _facts_for_log(self) -> dict[str, Any]:
-        parameters = canonical_parameters(self.tuning.model).values()
+        parameters = weights(self.tuning.model).values()
         return {
             "workers": self._wire.size,
             "entries": self._union.own_mask.k,

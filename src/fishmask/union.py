@@ -7,8 +7,9 @@ from fishmask.attach import Tuning
 from fishmask.exchange import gather_masks
 from fishmask.mask import Mask
 from fishmask.merge import Own, Proposal, Residual, Shared, places_in, union_of
-from fishmask.params import canonical_parameters, take
+from fishmask.params import take
 from fishmask.protocol import Protocol
+from fishmask.quantized import weights
 from fishmask.wire import Wire
 
 
@@ -59,7 +60,7 @@ class Union:
         own = self._tuning.values.detach()
         if self._place is None:
             return own.clone()
-        parameters = canonical_parameters(self._tuning.model)
+        parameters = weights(self._tuning.model)
         present = torch.cat([take(parameters[name], indices).float() for name, indices in self.mask.indices.items()])
         present[self._place] = own
         return present

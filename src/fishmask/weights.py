@@ -3,7 +3,7 @@
 import json
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,8 @@ from fishmask import applied, container
 from fishmask.errors import FishError
 from fishmask.fingerprint import State, bytes_hash, place, raw_bytes
 from fishmask.hub import located
-from fishmask.params import aliases, canonical_parameters
+from fishmask.params import aliases
+from fishmask.quantized import weights
 from fishmask.select import CHUNK
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -89,7 +90,7 @@ class Held(Weights):
         if isinstance(state, nn.Module):
             kept = state.state_dict().keys()  # a buffer that is not saved is not part of what training made
             buffers = {name: buffer for name, buffer in state.named_buffers() if name in kept}
-            self._tensors: dict[str, Tensor] = {**canonical_parameters(state), **buffers}
+            self._tensors: dict[str, Tensor] = {**weights(state), **buffers}
             self.buffers = frozenset(buffers)
             names = aliases(state)
         else:
@@ -229,18 +230,19 @@ def open_weights(source: Source, revision: str | None = None) -> Weights:
         return Held(source, f"the {type(source).__name__}")
     if not isinstance(source, str | PathLike):
         raise TypeError(f"expected a model, a state dict, a path or a name on the hub, got {type(source).__name__}")
-    path = Path(located(str(source)))
-    if not path.exists():
-        path = snapshot(str(source), revision)
+    path = locate(source, revision)
     return _in_folder(path) if path.is_dir() else _of_file(path)
 
 
-def snapshot(name: str, revision: str | None = None) -> Path:
-    """Return the local folder of a model on the hub: cached, or downloaded where the hub can be reached.
+def locate(source: str | PathLike[str], revision: str | None = None) -> Path:
+    """Return where a model is: an existing path, or the folder of a model on the hub, cached or downloaded.
 
     Raises:
         FishError: There is no such model.
     """
+    path, name = Path(located(str(source))), str(source)
+    if path.exists():
+        return path
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -251,6 +253,29 @@ def snapshot(name: str, revision: str | None = None) -> Path:
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FishError(f"cannot find {name!r}: {reason} (expected a file, a folder or a name on the hub)") from error
+
+
+def is_twin(weights: Weights, name: str, names: Iterable[str]) -> bool:
+    """Whether a matrix is a copy of another one of the same model: tied weights that were saved twice.
+
+    Args:
+        weights: The model.
+        name: The matrix; vectors and constants are never twins, since they may be equal by chance.
+        names: Those that it may be a copy of.
+    """
+    names = list(names)
+    header = weights.headers[name]
+    if weights.aliases.get(name) in names:
+        return True
+    if len(header.shape) < 2 or not _varies(weights, name):
+        return False
+    others = [other for other in names if other != name and weights.headers[other] == header]
+    return any(weights.hash(other) == weights.hash(name) for other in others)
+
+
+def _varies(weights: Weights, name: str) -> bool:
+    """Whether a tensor is more than a constant, which two tensors may share by chance."""
+    return any(bool((raw_bits(piece) != raw_bits(piece)[0]).any()) for _, piece in weights.pieces(name))
 
 
 def _in_folder(folder: Path) -> Weights:
