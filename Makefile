@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo test check format bench docs clean
 
 help: ## List the targets.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,5 +44,8 @@ bench: $(STAMP) ## Compare scoring, one training step, checkpoints and exchanges
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.checkpoints
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.exchange
 
+docs: $(STAMP) ## Build the documentation's site into site/.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean: ## Remove .venv and caches.
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

@@ -1,14 +1,21 @@
 """Weight sync: after every update a receiver's weights are the sender's, bit for bit, whatever was trained between."""
 
+import contextlib
 import copy
 import json
+import multiprocessing
+import re
+import sys
 import threading
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -527,8 +534,101 @@ def _follow_rounds(rank: int, size: int) -> bool:
     return True
 
 
+def _follow_shards(rank: int, size: int) -> bool:
+    """FSDP2 spreads the model in training; the receiver's is whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = case("gpt2").make()
+    base = copy.deepcopy(model)
+    mask, other = (Mask.random(model, density=0.1, seed=seed) for seed in (1, 2))
+    mesh = dist.init_device_mesh("cpu", (size,))
+    for block in (*model.transformer.h, model):
+        fully_shard(block, mesh=mesh)
+    tuning = attach(model, mask)
+    sender, receiver = Sender(tuning, chunk_bytes=SMALL), Receiver(base)
+    for number in range(4):
+        with torch.no_grad():
+            tuning.values.add_(number)
+        if number == 2:
+            tuning.set_mask(other)
+        deliver(receiver, sender.update())
+        full = {name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in model.named_parameters()}
+        assert all(torch.equal(full[name], p) for name, p in receiver.model.named_parameters())
+    return True
+
+
+def _follow_the_page(rank: int, size: int) -> bool:
+    training = Training("bert")
+    scope = {
+        "fishmask": fishmask, "rank": rank, "batches": [training.case.batch(3, step) for step in range(4)],
+        "model": training.model, "optimizer": training.optimizer,
+        "sender": Sender(training.tuning), "receiver": training.receiver(),
+    }  # fmt: skip
+    exec(page()[2], scope)
+    assert rank == 0 or scope["receiver"].update == 3
+    return True
+
+
 def test_between_processes() -> None:
     with Team(2) as team:
         trained, received = team.run(_follow)
         assert trained == received
-        assert all(team.run(_follow_rounds))
+        for follow in (_follow_rounds, _follow_shards, _follow_the_page):
+            assert team.run(follow) == [True, True]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page() -> list[str]:
+    """Return the blocks of code of docs/weight_sync.md: trainer, server, torch.distributed, vLLM."""
+    text = (Path(__file__).parents[1] / "docs" / "weight_sync.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_page_from_process_to_process() -> None:
+    training, server = Training("bert"), copy.deepcopy(case("bert").make())
+    batches = [training.case.batch(3, step) for step in range(4)]
+    there, here = multiprocessing.Pipe(duplex=False)
+    receiving = {
+        "fishmask": fishmask, "torch": torch, "threading": threading, "contextlib": contextlib,
+        "connection": there, "model": server, "request": batches[0],
+    }  # fmt: skip
+    exec(page()[1], receiving)
+    assert receiving["output"].logits.shape == (3, 3)
+    sending = {"fishmask": fishmask, "connection": here, "tuning": training.tuning, "optimizer": training.optimizer}
+    exec(page()[0], {**sending, "model": training.model, "batches": batches})
+    here.close()
+    for thread in threading.enumerate():
+        if "follow" in thread.name:
+            thread.join(10)
+    assert receiving["receiver"].update == 1
+    assert equal(server, training.model)
+
+
+def test_the_page_with_vllm(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for vLLM's classes, with their fields and calls."""
+    training = Training("llama", torch.bfloat16)
+    training.base.save_pretrained(tmp_path)
+    served = load_file(tmp_path / "model.safetensors")
+    patch = make_dataclass("SparseWeightPatch", ["name", "indices", "values", "full_shape"])
+    calls: list[str] = []
+
+    class Engine:
+        client = SimpleNamespace(
+            start_weight_update=lambda: calls.append("start"), finish_weight_update=lambda: calls.append("finish")
+        )
+
+        def send_weight_chunk(self, patches: list[Any]) -> None:
+            assert all(isinstance(one, patch) for one in patches)
+            load_patches(served, [vars(one) for one in patches])
+            calls.append("chunk")
+
+    where = "vllm.distributed.weight_transfer.sparse_nccl_engine"
+    for name in ("vllm", "vllm.distributed", "vllm.distributed.weight_transfer", where):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules[where], "SparseWeightPatch", patch, raising=False)
+    training.step()
+    exec(page()[3], {"fishmask": fishmask, "tuning": training.tuning, "folder": tmp_path, "engine": Engine()})
+    assert calls == ["start", "chunk", "finish"]
+    assert all(torch.equal(served[n], p) for n, p in training.model.named_parameters() if n in served)
