@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fishmask import FishError, Mask, Tuning, attach
+from fishmask import FishError, FishModel, Mask, Tuning, attach
 from fishmask.log import CheckpointLog
 from tests.test_trainer import Stop, blocks, differences
 
@@ -101,9 +101,10 @@ class Run:
         log: CheckpointLog | None = None,
         checkpoints: Any = None,
         loader: type[DataLoader[Any]] = ResumableLoader,
+        module: type[Module] = Module,
         **settings: Any,
     ) -> None:
-        self.module = Module(base, width, density)
+        self.module = module(base, width, density)
         self.loader = loader
         self.callback = CheckpointCallback(log or folder / "log")
         self.checkpoints = checkpoints or ModelCheckpoint(folder / "out", save_top_k=-1)
@@ -135,6 +136,31 @@ class Run:
             "torch": torch.get_rng_state(),
             "position": (self.trainer.current_epoch, self.trainer.global_step),
         }
+
+
+class Adapted(Module):
+    """The same with a FishModel, and an optimizer as for any module."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.net = FishModel(self.net)
+
+    def configure_optimizers(self) -> Any:
+        configured = super().configure_optimizers()
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.rate)
+        configured["optimizer"] = optimizer
+        configured["lr_scheduler"]["scheduler"] = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return configured
+
+
+def adapted(folder: Path, *callbacks: Any, dropout: float = 0.0, **settings: Any) -> tuple[Adapted, pl.Trainer]:
+    """A FishModel, and a Trainer without our callback."""
+    module = Adapted()
+    module.tuning.model[3].p = dropout
+    settings = {"max_epochs": 4, "accumulate_grad_batches": 2, "gradient_clip_val": 0.05, **settings}
+    saving = ModelCheckpoint(folder / "out", save_top_k=-1)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return module, pl.Trainer(accelerator="cpu", callbacks=[saving, *callbacks], **quiet, **settings)
 
 
 def files(folder: Path) -> list[str]:
@@ -353,6 +379,83 @@ def test_resume_from_a_commit_itself(tmp_path: Path) -> None:
     run = Run(tmp_path / "b").fit()
     shutil.rmtree(tmp_path / "b" / "out")
     assert not differences(whole, Run(tmp_path / "b").fit(run.callback.checkpoint_log.commits[1].path).state())
+
+
+def test_a_fish_model_trains_as_a_plain_loop(tmp_path: Path) -> None:
+    module, trainer = adapted(tmp_path)
+    with module.net.disable_adapter():
+        base = {name: p.detach().clone() for name, p in module.tuning.model.state_dict().items()}
+    trainer.fit(module, rows(0, False), rows(1, False))
+    plain = Module()
+    plain.net[3].p = 0.0
+    configured = plain.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    norms = []
+    for _ in range(4):
+        for index, batch in enumerate(rows(0, False)):
+            (plain.training_step(batch, index) / 2).backward()
+            if index % 2:
+                norms.append(float(nn.utils.clip_grad_norm_(plain.tuning.parameters(), 0.05)))
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+    assert min(norms) > 0.05 and trainer.global_step == len(norms) == 12
+    assert torch.equal(module.tuning.values, plain.tuning.values)
+    assert not differences(plain.net.state_dict(), module.tuning.model.state_dict())
+    module.net.unload()
+    assert not differences(base, module.net.get_base_model().state_dict())
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_a_fish_model_resumes_without_the_callback(tmp_path: Path, epoch: int) -> None:
+    """Lightning's own checkpoint holds the values, and is loaded as strictly as any."""
+
+    def state(module: Adapted, trainer: pl.Trainer) -> Any:
+        weights = {name: p.detach().clone() for name, p in module.tuning.model.state_dict().items()}
+        return weights, module.tuning.values.clone(), trainer.optimizers[0].state_dict()
+
+    module, trainer = adapted(tmp_path / "a")
+    trainer.fit(module, rows(0, False), rows(1, False))
+    expected = state(module, trainer)
+    killed, stopped = adapted(tmp_path / "b", StopAt(epoch))
+    with pytest.raises(Stop):
+        stopped.fit(killed, rows(0, False), rows(1, False))
+    file = torch.load(newest(tmp_path / "b"), weights_only=False)
+    saved = {name: tensor for name, tensor in file["state_dict"].items() if tensor.is_floating_point()}
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    k = module.tuning.mask.k
+    assert sum(tensor.numel() for tensor in saved.values()) == k + sum(buffer.numel() for buffer in buffers)
+    moments = [moment for entry in file["optimizer_states"][0]["state"].values() for moment in entry.values()]
+    assert sum(moment.numel() for moment in moments if moment.dim()) == 2 * k
+    resumed, goes_on = adapted(tmp_path / "b")
+    goes_on.fit(resumed, rows(0, False), rows(1, False), ckpt_path=newest(tmp_path / "b"), weights_only=False)
+    assert not differences(expected, state(resumed, goes_on))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-true"])
+def test_a_fish_model_in_half_precision(tmp_path: Path, precision: str) -> None:
+    module, trainer = adapted(tmp_path, precision=precision)
+    start = module.tuning.values.clone()
+    trainer.fit(module, rows(0, False), rows(1, False))
+    net, mask = module.net.get_base_model(), module.net.mask()
+    dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+    assert {p.dtype for p in net.parameters()} == {dtype}
+    assert module.tuning.values.dtype == torch.float32 and not torch.equal(start, module.tuning.values)
+    trained = {name: p.detach().clone() for name, p in net.named_parameters()}
+    module.net.unload()
+    for name, p in Module().net.named_parameters():
+        assert torch.equal(net.get_parameter(name), p.to(dtype))
+        moved = (trained[name] != p.to(dtype)).flatten().nonzero().flatten().tolist()
+        assert set(moved) <= set(mask.indices.get(name, torch.tensor([])).tolist())
+
+
+def test_a_fish_model_with_the_callback(tmp_path: Path) -> None:
+    """Commits hold what Lightning's checkpoints do not: the generators, so that dropout goes on as it would have."""
+    whole = Run(tmp_path / "a", module=Adapted).fit().state()
+    Run(tmp_path / "b", StopAt(2, 2), module=Adapted, checkpoints=every_step(tmp_path / "b")).killed()
+    resumed = Run(tmp_path / "b", module=Adapted, checkpoints=every_step(tmp_path / "b"))
+    assert not differences(whole, resumed.fit(newest(tmp_path / "b")).state())
+    assert len(resumed.callback.checkpoint_log.commits) > 2
 
 
 @pytest.mark.filterwarnings("ignore:.*(last checkpoint available|logging interval|validation)")

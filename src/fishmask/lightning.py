@@ -17,7 +17,7 @@ from fishmask.attach import Tuning
 from fishmask.errors import FishError
 from fishmask.live import tuning_of
 from fishmask.log import CheckpointLog
-from fishmask.moments import check_members
+from fishmask.moments import check_members, leave_out_weights
 from fishmask.pointer import Pointer
 from fishmask.publish import make_folder
 
@@ -78,6 +78,7 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
         """Restore the commit that training resumes from, or refuse to add to the log of another training."""
         tuning = _tuning(pl_module)
         optimizer = _optimizer(trainer)
+        leave_out_weights(optimizer, tuning)
         check_members(dict(tuning.named_parameters()), optimizer)
         if self._named is None and not self._begun and (numbers := self.checkpoint_log.numbers):
             raise FishError(
@@ -224,7 +225,8 @@ def _tuning(pl_module: Any) -> Tuning:
     tuning = tuning_of(pl_module)
     if tuning is None:
         raise FishError(
-            "no part of the LightningModule is attached: call fishmask.attach(module.net, mask) before fit()"
+            "no part of the LightningModule is attached: let it hold a FishModel, or call "
+            "fishmask.attach(module.net, mask), before fit()"
         )
     return tuning
 

@@ -1,11 +1,14 @@
 """An optimizer's state over the k values, in the order of the mask: one vector of k numbers per kind of moment."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from fishmask.attach import Tuning
 
 Named = Mapping[str, nn.Parameter]  # a tuning's values by the name of their parameter
 
@@ -36,6 +39,24 @@ def check_members(values: Named, optimizer: Optimizer) -> None:
             f"the optimizer trains {len(held - own)} parameters outside the mask, which a commit does not hold; choose "
             "them whole with keep= when the mask is made"
         )
+
+
+def leave_out_weights(optimizer: Optimizer, tuning: "Tuning") -> None:
+    """Take the model's weights out of the groups of an optimizer of all that requires a gradient.
+
+    Weights on the general path do, but their gradient never stays, so it holds them for nothing.
+
+    Args:
+        optimizer: The optimizer, changed in place.
+        tuning: The tuning of the model.
+    """
+    parameters = tuning.settled_parameters()
+    weights = {id(parameters[name]) for name in tuning.general}
+    for group in optimizer.param_groups:
+        kept = [i for i, p in enumerate(group["params"]) if id(p) not in weights]
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key][:] = [group[key][i] for i in kept]
 
 
 def gather(values: Named, optimizer: Optimizer) -> Moments:
