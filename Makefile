@@ -45,7 +45,7 @@ bench: $(STAMP) ## Compare scoring, one training step, checkpoints and exchanges
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.exchange
 
 docs: $(STAMP) ## Build the documentation's site into site/.
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## Remove .venv and caches.
 	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache
