@@ -10,6 +10,8 @@ from fishmask.mask import Mask
 
 try:
     from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 except ImportError as error:
     raise FishError("model cards need huggingface_hub: pip install 'fishmask[hf]'") from error
 
@@ -18,6 +20,8 @@ _BEGIN, _END = "<!-- begin fishmask -->", "<!-- end fishmask -->"
 
 def write_card(folder: Path, config: Any, mask: Mask, base: nn.Module) -> None:
     """Write README.md into ``folder``, or replace in an existing one the part between our two comments.
+
+    The base is named if it is one of the hub's: a path says nothing to others.
 
     Args:
         folder: The folder; made when missing.
@@ -32,18 +36,28 @@ def write_card(folder: Path, config: Any, mask: Mask, base: nn.Module) -> None:
         else ModelCard.from_template(ModelCardData(), template_str=_TEMPLATE)
     )
     name = config.base_model_name_or_path or getattr(getattr(base, "config", None), "_name_or_path", "") or ""
+    name = name if _on_the_hub(name) else ""
     card.data["library_name"] = "fishmask"
     tags = {*(card.data.get("tags") or []), "fishmask", "sparse", *(getattr(base, "model_tags", None) or [])}
-    if name and not Path(name).is_absolute():
+    if name:
         card.data["base_model"] = name
         tags.add(f"base_model:adapter:{name}")
     card.data["tags"] = sorted(tags)
-    text = card.text if _BEGIN in card.text else f"{card.text.rstrip()}\n\n{_BEGIN}\n{_END}\n"
-    before, rest = text.split(_BEGIN, 1)
-    known = "" if Path(name).is_absolute() else name
-    card.text = before + _BEGIN + _about(config, mask, known) + _END + rest.split(_END, 1)[1]
+    before, begin, rest = card.text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not (begin and end):
+        before, after = f"{card.text.rstrip()}\n\n", "\n"
+    card.text = before + _BEGIN + _about(config, mask, name) + _END + after
     folder.mkdir(parents=True, exist_ok=True)
     card.save(path)
+
+
+def _on_the_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
 
 
 _TEMPLATE = "---\n{{ card_data }}\n---\n\n# A sparse adapter\n"

@@ -22,6 +22,8 @@ except ImportError as error:
     raise FishError("adapters with PEFT's verbs need peft: pip install 'fishmask[peft]'") from error
 
 PEFT_TYPE = "FISH"
+# In files: PEFT's own loaders fail with a KeyError that shows no more than this text.
+_PEFT_TYPE_IN_FILES = f"{PEFT_TYPE}: load it with fishmask.FishModel.from_pretrained"
 Score = Method | Literal["biases"]
 _SCORES = (*get_args(Method), "biases")
 # Where transformers puts the new head of a task, which is trained whole as PEFT does.
@@ -70,6 +72,7 @@ class FishConfig(PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+        self.in_use = False  # by a FishModel
         if not 0 < self.density <= 1:
             raise ValueError(f"density is a share in (0, 1], got {self.density}")
         if self.examples < 1:
@@ -86,6 +89,25 @@ class FishConfig(PeftConfig):  # type: ignore[misc]
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as they are written to files."""
+        return super().to_dict() | {"peft_type": _PEFT_TYPE_IN_FILES}
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """False; PEFT's own constructors ask this first, and learn here that they cannot make a ``FishModel``.
+
+        Raises:
+            FishError: No ``FishModel`` has this config.
+        """
+        if not self.in_use:
+            raise FishError(
+                "PEFT's get_peft_model and PeftModel know only PEFT's own methods, and the peft_config of a trainer "
+                "goes to them: make the model with fishmask.get_fish_model(model, config) or "
+                "fishmask.FishModel.from_pretrained(model, folder), and pass it without a peft_config"
+            )
+        return False
+
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> "FishConfig":
         """Make the config from the content of an ``adapter_config.json``, whose unknown fields are ignored.
@@ -93,7 +115,8 @@ class FishConfig(PeftConfig):  # type: ignore[misc]
         Raises:
             ValueError: It is the config of another method.
         """
-        if (found := kwargs.get("peft_type", PEFT_TYPE)) != PEFT_TYPE:
+        found = str(kwargs.get("peft_type", PEFT_TYPE)).partition(":")[0]
+        if found != PEFT_TYPE:
             raise ValueError(f"this adapter is of type {found}, not {PEFT_TYPE}: load it with peft")
         known = {item.name for item in fields(cls)}
         if unknown := sorted(set(kwargs) - known):

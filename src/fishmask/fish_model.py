@@ -75,11 +75,9 @@ def get_fish_model(
         >>> fish_model.print_trainable_parameters()
         trainable params: 5 || all params: 58 || trainable%: 8.6207
     """
-    if isinstance(model, PeftModel) or tuning_of(model) is not None:
-        raise FishError(
-            "this model has adapters or is attached already: add_adapter() gives a FishModel another adapter, and "
-            "FishModel(model) wraps an attached model"
-        )
+    _check_base(model)
+    if tuning_of(model) is not None:
+        raise FishError("this model is attached or has adapters already: FishModel(model) wraps an attached model")
     return FishModel(model, peft_config, adapter_name, batches=batches, mask=mask, progress=progress)
 
 
@@ -141,7 +139,7 @@ class FishModel(PeftModel):  # type: ignore[misc]
         progress: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # PeftModel's own would look for one of PEFT's methods
-        _refuse_meta(model)
+        _check_base(model)
         self.peft_type = PEFT_TYPE
         self.special_peft_forward_args: set[str] = set()
         self._is_prompt_learning = self._adapters_disabled = False
@@ -157,7 +155,7 @@ class FishModel(PeftModel):  # type: ignore[misc]
                 raise FishError("this model is attached already: wrap all of it, without a mask or batches")
             self._check_new(adapter_name)
             self._adapters.wrap(adapter_name, tuning)
-            self._configs[adapter_name] = peft_config or FishConfig(density=tuning.mask.density)
+            self._describe(adapter_name, peft_config or FishConfig(density=tuning.mask.density))
             self.mirror()
         elif peft_config is not None:
             self.add_adapter(adapter_name, peft_config, batches=batches, mask=mask, progress=progress)
@@ -326,7 +324,7 @@ class FishModel(PeftModel):  # type: ignore[misc]
         self._adapters.add(adapter_name, mask)
         if peft_config.inference_mode:
             self._adapters.set_trained(adapter_name, False)
-        self._configs[adapter_name] = peft_config
+        self._describe(adapter_name, peft_config)
         self.mirror()
 
     @override
@@ -380,7 +378,7 @@ class FishModel(PeftModel):  # type: ignore[misc]
         config = FishConfig.of_folder(folder)
         config.inference_mode = not is_trainable
         self._adapters.take(adapter_name, Delta.load(delta_in(folder)), trained=is_trainable, check_base=check_base)
-        self._configs.setdefault(adapter_name, config)
+        self._describe(adapter_name, self._configs.get(adapter_name, config))
         self.mirror()
         if not is_trainable:
             self.eval()
@@ -407,13 +405,14 @@ class FishModel(PeftModel):  # type: ignore[misc]
             config: Replaces the config in the folder.
             **kwargs: See ``load_adapter``.
         """
-        if isinstance(model, PeftModel) or tuning_of(model) is not None:
-            raise FishError("this model has adapters or is attached already: load_adapter() adds one to a FishModel")
+        _check_base(model)
+        if tuning_of(model) is not None:
+            raise FishError("this model is attached or has adapters already: load_adapter() adds one to a FishModel")
         found = cls(model)
         found.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
         if config is not None:
             config.inference_mode = not is_trainable
-            found._configs[adapter_name] = config
+            found._describe(adapter_name, config)
         found.set_adapter(adapter_name)
         return found
 
@@ -444,7 +443,7 @@ class FishModel(PeftModel):  # type: ignore[misc]
         self._check_new(adapter_name)
         combined = self._combined(adapters, weights, overlap)
         self._adapters.take(adapter_name, combined, trained=False, check_base=False)
-        self._configs[adapter_name] = self._configs[adapters[0]].replaced(inference_mode=True)
+        self._describe(adapter_name, self._configs[adapters[0]].replaced(inference_mode=True))
 
     @override
     def set_adapter(self, adapter_name: str, inference_mode: bool | None = None) -> None:
@@ -476,7 +475,7 @@ class FishModel(PeftModel):  # type: ignore[misc]
             self._adapters.check(name)
         for name in names:
             self._adapters.set_trained(name, requires_grad)
-            self._configs[name] = self._configs[name].replaced(inference_mode=not requires_grad)
+            self._describe(name, self._configs[name].replaced(inference_mode=not requires_grad))
         self.mirror()
 
     def set_mask(self, mask: Mask, optimizer: Optimizer | None = None) -> None:
@@ -670,6 +669,10 @@ class FishModel(PeftModel):  # type: ignore[misc]
         if not name or "." in name or "/" in name or os.sep in name or hasattr(nn.ModuleDict, name):
             raise ValueError(f"an adapter's name becomes part of parameters' and folders' names, and {name!r} cannot")
 
+    def _describe(self, name: str, config: FishConfig) -> None:
+        config.in_use = True
+        self._configs[name] = config
+
     def _check_finite(self, names: Sequence[str]) -> None:
         for name in names:
             entries = self.delta(name).entries(self.get_base_model())
@@ -681,7 +684,7 @@ class FishModel(PeftModel):  # type: ignore[misc]
 
         deltas = [self.delta(self._named(name)) for name in names]
         with self._adapters.base():
-            return combine(self.get_base_model(), deltas, weights, overlap=overlap)
+            return combine(self.get_base_model(), deltas, weights, overlap=overlap, check_base=False)
 
     def _released(self) -> nn.Module:
         """Forget all adapters and return the base with what is in it."""
@@ -699,7 +702,13 @@ def _refuse_mixed(adapter_names: list[str] | None) -> None:
         )
 
 
-def _refuse_meta(model: nn.Module) -> None:
+def _check_base(model: nn.Module) -> None:
+    """Raise FishError if adapters cannot be values in this model's weights."""
+    if isinstance(model, PeftModel):
+        raise FishError(
+            "this model has adapters already: add_adapter() gives a FishModel another one; unload() or "
+            "merge_and_unload() gives back the base of any PeftModel"
+        )
     if without := [name for name, p in model.named_parameters() if p.is_meta]:
         raise FishError(
             f"{len(without)} weights of the base are without memory (on the meta device), such as {without[0]}: "

@@ -62,7 +62,9 @@ def delta_in(folder: Path) -> Path:
     for name in (ADAPTER_FILE, DELTA_FILE):
         if (folder / name).is_file():
             return folder / name
-    raise FishError(f"{folder} holds neither {ADAPTER_FILE} nor {DELTA_FILE}; expected the folder of an adapter")
+    below = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_FILE}"))
+    hint = f"; it has adapters in subfolders: {', '.join(below)}" if below else ""
+    raise FishError(f"{folder} holds neither {ADAPTER_FILE} nor {DELTA_FILE}; expected the folder of an adapter{hint}")
 
 
 def located(name: str) -> str:
