@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import BertForSequenceClassification, EarlyStoppingCallback, Trainer, TrainerCallback
 
-from fishmask import FishError, Mask, attach, pointer
+from fishmask import FishError, FishModel, Mask, attach, pointer
 from fishmask.live import tuning_of
 from fishmask.log import CheckpointLog
 from fishmask.trainer import CheckpointCallback
@@ -65,21 +65,23 @@ class Run:
         mask: Mask | None = None,
         rate: float = 1e-2,
         vocabulary: int = 200,
+        adapted: bool = False,
         **settings: Any,
     ) -> None:
         self.model = model(base, vocabulary)
         self.tuning = attach(self.model, mask or mask_of(self.model))
+        optimizer = None if adapted else torch.optim.AdamW(self.tuning.parameters(), lr=rate)
         settings = {
             "num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
             "warmup_steps": 3, "logging_steps": 3, "save_strategy": "steps", "save_steps": 4, "report_to": [],
             "use_cpu": True, "disable_tqdm": True, "seed": 1, **settings,
         }  # fmt: skip
         self.trainer = Trainer(
-            self.model,
-            transformers.TrainingArguments(str(folder / "out"), **settings),
+            FishModel(self.model) if adapted else self.model,
+            transformers.TrainingArguments(str(folder / "out"), **{"learning_rate": rate, **settings}),
             train_dataset=examples(0, 22),  # the last step of an epoch has half a batch
             eval_dataset=examples(1, 8),
-            optimizers=(torch.optim.AdamW(self.tuning.parameters(), lr=rate), None),
+            optimizers=(optimizer, None),
             callbacks=list(callbacks),
         )
         self.callback = CheckpointCallback(self.trainer, folder / "log" if log is None else log)
@@ -156,10 +158,11 @@ def blocks(heading: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "step", "newest"), [("steps", 5, 4), ("steps", 11, 8), ("epoch", 6, 6), ("epoch", 9, 6)]
+    ("strategy", "step", "newest", "adapted"),
+    [("steps", 5, 4, False), ("steps", 11, 8, True), ("epoch", 6, 6, True), ("epoch", 9, 6, False)],
 )
-def test_resume_equals_uninterrupted(tmp_path: Path, strategy: str, step: int, newest: int) -> None:
-    settings = {"save_strategy": strategy, "eval_strategy": strategy, "eval_steps": 4}
+def test_resume_equals_uninterrupted(tmp_path: Path, strategy: str, step: int, newest: int, adapted: bool) -> None:
+    settings = {"save_strategy": strategy, "eval_strategy": strategy, "eval_steps": 4, "adapted": adapted}
     whole = Run(tmp_path / "a", **settings).train().state()
     Run(tmp_path / "b", StopAt(step), **settings).killed()
     assert folders(tmp_path / "b")[-1] == newest
@@ -237,13 +240,16 @@ class Record(TrainerCallback):
         self.seen: list[tuple[float, int, dict[str, torch.Tensor]]] = []
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **given: Any) -> None:
-        weights = {name: p.detach().clone() for name, p in given["model"].state_dict().items()}
+        weights = {name: p.detach().clone() for name, p in tuning_of(given["model"]).model.state_dict().items()}
         self.seen.append((metrics["eval_loss"], state.global_step, weights))
 
 
-@pytest.mark.parametrize(("strategy", "limit"), [("best", None), ("steps", 2), ("epoch", 1)])
-def test_best_model_and_limit(tmp_path: Path, strategy: str, limit: int | None) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "limit", "adapted"), [("best", None, False), ("steps", 2, True), ("epoch", 1, False)]
+)
+def test_best_model_and_limit(tmp_path: Path, strategy: str, limit: int | None, adapted: bool) -> None:
     settings: dict[str, Any] = {
+        "adapted": adapted,
         "save_strategy": strategy, "eval_strategy": "epoch" if strategy == "epoch" else "steps", "eval_steps": 2,
         "save_steps": 2, "save_total_limit": limit, "load_best_model_at_end": True, "rate": 0.2,
         "metric_for_best_model": "eval_loss", "greater_is_better": False, "num_train_epochs": 4,
@@ -297,12 +303,12 @@ class NewMask(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         if state.global_step == self.at:
             tuning = tuning_of(given["model"])
-            tuning.set_mask(mask_of(given["model"], seed=7), given["optimizer"])
+            tuning.set_mask(mask_of(tuning.model, seed=7), given["optimizer"])
 
 
-@pytest.mark.parametrize("step", [5, 7])
-def test_mask_changed_by_another_callback(tmp_path: Path, step: int) -> None:
-    settings = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4}
+@pytest.mark.parametrize(("step", "adapted"), [(5, False), (7, True)])
+def test_mask_changed_by_another_callback(tmp_path: Path, step: int, adapted: bool) -> None:
+    settings = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4, "adapted": adapted}
     whole = Run(tmp_path / "a", NewMask(6), **settings).train()
     expected = whole.state()
     Run(tmp_path / "b", NewMask(6), StopAt(step), **settings).killed()

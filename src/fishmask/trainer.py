@@ -16,11 +16,12 @@ from typing import Any
 from torch.optim import Optimizer
 
 from fishmask import rng
+from fishmask.attach import Tuning
 from fishmask.errors import FishError
 from fishmask.folder import Commit
 from fishmask.live import tuning_of
 from fishmask.log import CheckpointLog
-from fishmask.moments import check_members
+from fishmask.moments import check_members, leave_out_weights
 from fishmask.pointer import Pointer
 from fishmask.publish import replace_file, sync_directory
 
@@ -66,17 +67,15 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, trainer: Any, log: str | os.PathLike[str] | CheckpointLog) -> None:
-        tuning = tuning_of(trainer.model)
-        if tuning is None or tuning.model is not trainer.model:
-            raise FishError(
-                "the Trainer's model is not attached: call fishmask.attach(model, mask) before Trainer(model)"
-            )
+        tuning = _tuning(trainer.model)
         _check(trainer)
-        if trainer.optimizer is None:
+        if trainer.optimizer is None and tuning.model is trainer.model:
             raise ValueError(
-                "the Trainer would make an optimizer of the frozen weights: build one from tuning.parameters(), and "
-                "pass it as Trainer(optimizers=(optimizer, None))"
+                "the Trainer would make an optimizer of the frozen weights: give it a fishmask.FishModel(model); or "
+                "build one from tuning.parameters(), and pass it as Trainer(optimizers=(optimizer, None))"
             )
+        trainer.create_optimizer()  # unless there is one
+        leave_out_weights(_plain(trainer.optimizer), tuning)
         check_members(dict(tuning.named_parameters()), _plain(trainer.optimizer))
         self._trainer, self._tuning = trainer, tuning
         self._owned = not isinstance(log, CheckpointLog)
@@ -303,6 +302,17 @@ def _plain(optimizer: Any) -> Optimizer:
     """Return the optimizer that accelerate may have wrapped."""
     plain: Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     return plain
+
+
+def _tuning(model: Any) -> Tuning:
+    """Return the tuning of an attached model, or of the active adapter of a FishModel."""
+    tuning = tuning_of(model)
+    if tuning is None or (tuning.model is not model and getattr(model, "tuning", None) is not tuning):
+        raise FishError(
+            "the Trainer's model is not attached: give Trainer a FishModel whose active adapter is trainable, or call "
+            "fishmask.attach(model, mask) before"
+        )
+    return tuning
 
 
 def _check(trainer: Any) -> None:
