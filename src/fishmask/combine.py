@@ -81,9 +81,7 @@ def combine(
         checked.add(delta.base.digest)
     names, tensors = aliases(model), applied.targets(model)
     changes = [_changes(delta, names, tensors) for delta in deltas]
-    buffers = combined_buffers([delta.buffers for delta in deltas], overlap)
-    if both := sorted(buffers.keys() & {name for change in changes for name in change}):
-        raise FishError(f"entries of one delta are a whole buffer of another: {', '.join(both)}")
+    buffers = combined_buffers([delta.buffers for delta in deltas], changes, overlap)
     combined = combined_changes(changes, weights, overlap)
     shapes = {names.get(name, name): shape for delta in deltas for name, shape in delta.mask.shapes.items()}
     mask = Mask.from_indices({name: change.indices for name, change in combined.items()}, shapes)
@@ -107,11 +105,13 @@ def check_combination(weights: Sequence[float], overlap: str, count: int) -> Non
         raise ValueError(f"overlap must be one of {', '.join(map(repr, OVERLAPS))}, got {overlap!r}")
 
 
-def combined_buffers(buffers: Sequence[Mapping[str, Tensor]], overlap: Overlap) -> dict[str, Tensor]:
-    """Unite buffers by name.
+def combined_buffers(
+    buffers: Sequence[Mapping[str, Tensor]], changes: Sequence[Mapping[str, Change]], overlap: Overlap
+) -> dict[str, Tensor]:
+    """Unite the buffers of several deltas, whose other changes are ``changes``, by name.
 
     Raises:
-        FishError: Several differ in one of them, unless the last counts.
+        FishError: Several differ in one of them, unless the last counts; or one has it as entries.
     """
     united: dict[str, Tensor] = {}
     differing = set()
@@ -126,6 +126,8 @@ def combined_buffers(buffers: Sequence[Mapping[str, Tensor]], overlap: Overlap) 
             f"several of these deltas have other contents of the same buffer: {', '.join(sorted(differing))}; buffers "
             "are not added up. overlap='last' takes the last one's"
         )
+    if both := sorted(united.keys() & {name for change in changes for name in change}):
+        raise FishError(f"entries of one delta are a whole buffer of another: {', '.join(both)}")
     return united
 
 
