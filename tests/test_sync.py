@@ -58,11 +58,11 @@ def deliver(receiver: Receiver, messages: Iterable[Message]) -> None:
 class Training:
     """A model in training with its optimizer, and a copy of its base that follows."""
 
-    def __init__(self, name: str, dtype: torch.dtype = torch.float32, density: float = 0.05) -> None:
+    def __init__(self, name: str, dtype: torch.dtype = torch.float32, density: float = 0.05, seed: int = 0) -> None:
         self.case, self.density, self.steps = case(name), density, 0
         self.model = self.case.make().to(dtype).train()
         self.base = copy.deepcopy(self.model)
-        self.tuning = attach(self.model, self.mask(0))
+        self.tuning = attach(self.model, self.mask(seed))
         self.optimizer = torch.optim.AdamW(self.tuning.parameters(), lr=0.05)
 
     def mask(self, seed: int) -> Mask:
@@ -245,8 +245,7 @@ def test_welcome_brings_in_who_comes_late_or_has_lost_something() -> None:
 
 def test_a_new_sender_begins_at_the_base() -> None:
     """A training that is started anew goes on with the receivers that are there."""
-    old, new = Training("mlp", density=0.3), Training("mlp", density=0.3)
-    new.tuning.set_mask(new.mask(5), new.optimizer)
+    old, new = Training("mlp", density=0.3), Training("mlp", density=0.3, seed=5)
     receiver = old.receiver()
     old.step()
     deliver(receiver, Sender(old.tuning).update())
@@ -297,8 +296,31 @@ def test_tied_weights_that_are_not_tied_at_the_sender_are_refused() -> None:
         Receiver(Twins(tied=True), check_base=False).take(first[0])
 
 
+def test_an_update_is_written_under_the_lock() -> None:
+    training = Training("conv", density=0.3)
+    before: list[nn.Module] = []
+    after: list[nn.Module] = []
+
+    class Lock:
+        def __enter__(self) -> None:
+            before.append(copy.deepcopy(receiver.model))
+
+        def __exit__(self, *error: object) -> None:
+            after.append(copy.deepcopy(receiver.model))
+
+    sender, receiver = Sender(training.tuning, chunk_bytes=SMALL), Receiver(copy.deepcopy(training.base), lock=Lock())
+    for known in (training.base, training.model):
+        known = copy.deepcopy(known)
+        training.step()
+        deliver(receiver, sender.update())
+        assert equal(before[-1], known) and equal(after[-1], training.model)
+    assert len(before) == 2
+    receiver.reset()
+    assert equal(before[-1], training.model) and equal(after[-1], training.base)
+
+
 def test_no_forward_sees_half_an_update() -> None:
-    model = nn.Linear(1, 200, bias=False).requires_grad_(False)
+    model = nn.Linear(1, 200, bias=False)
     nn.init.zeros_(model.weight)
     base = copy.deepcopy(model)
     tuning = attach(model, Mask.from_indices({"weight": torch.arange(200)}))
@@ -309,18 +331,18 @@ def test_no_forward_sees_half_an_update() -> None:
     def serve() -> None:
         while not done.is_set() or len(seen) < 5:
             with receiver.lock, torch.no_grad():
-                seen.append(receiver.model(torch.ones(1)))
+                halves = [receiver.model(torch.ones(1)) for _ in range(2)]
+            seen.extend(halves)
 
     thread = threading.Thread(target=serve)
     thread.start()
     for number in range(1, 100):
         with torch.no_grad():
             tuning.values.fill_(number)
-        tuning.write_back()
         deliver(receiver, sender.update())
     done.set()
     thread.join()
-    assert all(len(set(output.tolist())) == 1 for output in seen)
+    assert all(len({*a.tolist(), *b.tolist()}) == 1 for a, b in zip(seen[::2], seen[1::2], strict=True))
 
 
 # --- from what, and under which names ---------------------------------------------------------------------------------
@@ -330,11 +352,11 @@ def test_from_a_fish_model() -> None:
     model = case("bert").make()
     base = copy.deepcopy(model)
     adapters = fishmask.get_fish_model(model, fishmask.FishConfig(density=0.05, score="random"))
-    sender, receiver = Sender(adapters), Receiver(base)
+    sender, receiver = Sender(adapters), Receiver(copy.deepcopy(base))
     with torch.no_grad():
-        adapters.tuning.values.add_(1)
+        adapters.tuning.values.add_(1)  # by hand, and so not in the weights yet
     deliver(receiver, sender.update())
-    assert equal(receiver.model, model)
+    assert equal(receiver.model, model) and not equal(receiver.model, base)
     adapters.add_adapter("other", fishmask.FishConfig(density=0.05, score="random", seed=1))
     adapters.set_adapter("other")
     with pytest.raises(FishError, match=r"suspended.*resume"):
