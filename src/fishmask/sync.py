@@ -211,7 +211,7 @@ class Sender:
 
     def _taken(self, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights at these entries, contiguous and in their own dtype."""
-        self.tuning.write_back()
+        self.tuning._write_changes()
         parameters = self.tuning.settled_parameters()
         return {name: take(parameters[name], indices.long()) for name, indices in entries.items()}
 
