@@ -379,7 +379,8 @@ class Tuning:
     def disabled(self) -> Iterator[None]:
         """Have the model be its base for a while, at the cost of k; training goes on afterwards.
 
-        Forwards inside give what the base gives, and no gradient for the values.
+        Forwards inside give what the base gives, and no gradient for the values. A forward from before can go on to
+        its backward afterwards, but not inside.
 
         Raises:
             FishError: The model is not attached.
@@ -388,8 +389,7 @@ class Tuning:
         if self._disabled:
             yield
             return
-        with torch.no_grad():
-            self.write_back()
+        self._write_changes()
         general = [self._entries[name].weight for name in self._general]
         with self.originals.put_back(self.model):
             self._disabled = True

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from fishmask.errors import FishError
 from fishmask.fingerprint import raw_bits
@@ -128,14 +129,20 @@ class Originals:
 
     @contextmanager
     def put_back(self, model: nn.Module) -> Iterator[None]:
-        """Have ``model`` hold its base for a while, without a copy of it."""
-        present = self.present(model)
-        try:
-            with torch.no_grad():
-                self.restore(model)
-            yield
-        finally:
-            present.write(model)
+        """Have ``model`` hold its base for a while, without a copy of it.
+
+        A forward from before goes on to its backward afterwards: the weights are the same bits again, and so are the
+        versions by which autograd tells that.
+        """
+        present, parameters = self.present(model), weights(model)
+        changed = [parameters[name] for name in self._entries]
+        with _unsafe_preserve_version_counter(tuple(p for p in changed if type(p) in (Tensor, nn.Parameter))):
+            try:
+                with torch.no_grad():
+                    self.restore(model)
+                yield
+            finally:
+                present.write(model)
 
     def present(self, model: nn.Module) -> Present:
         """Return what ``model`` is now, where it may differ from its base."""
