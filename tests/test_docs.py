@@ -88,8 +88,10 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
         assert {f"fishmask.{name}", path} & names or path.startswith("fishmask.errors."), name
     assert {f"fishmask.{module}" for module in MODULES} <= names
     assert 'id="fishmask.errors.HandshakeError"' in (site / "api" / "index.html").read_text(encoding="utf-8")
-    for page in (site / "api").rglob("index.html"):  # each name leads to more than a heading
-        assert len(page.read_text(encoding="utf-8")) > 20_000, page
+    for page in (site / "api").rglob("index.html"):
+        html = page.read_text(encoding="utf-8")
+        assert html.count('class="doc doc-object') > 0 and len(html) > 20_000, page  # more than headings
+        assert "<blockquote>" not in html, page  # which ">>>" becomes where it is not set as code
 
 
 # --- code on the pages ------------------------------------------------------------------------------------------------
@@ -133,6 +135,16 @@ def test_a_delta_is_read_without_fishmask(tmp_path: Path, monkeypatch: pytest.Mo
     Path("task.safetensors").write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
         scope["read_delta"]("task.safetensors")
+
+
+def test_the_first_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("index.md")
+    model, fresh = case("bert").make(), case("bert").make()
+    batches = [case("bert").batch(16, step) for step in range(4)]
+    exec(code.replace("0.005", "0.1").replace("1024", "64"), {"model": model, "batches": batches})
+    fishmask.load(fresh, "task.safetensors")
+    assert Mask.between(fresh, model).k == 0 and Mask.between(fresh, case("bert").make()).k > 0
 
 
 def test_fine_tuning_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
