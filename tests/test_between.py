@@ -110,6 +110,15 @@ def test_tensors_of_one_model_only_are_refused_together_or_ignored() -> None:
         fishmask.between(base, tuned, ignore="nothing")
 
 
+def test_whole_numbers_that_only_the_base_has_are_no_disagreement() -> None:
+    base, tuned = {"w": torch.zeros(2), "positions": torch.arange(3)}, {"w": torch.ones(2)}
+    assert fishmask.between(base, tuned).k == 2
+    with pytest.raises(ValueError, match="positions is only in the second"):
+        fishmask.between(tuned, base)
+    changed = fishmask.between(base, tuned | {"positions": torch.tensor([0, 1, 3])})
+    assert changed.buffers["positions"].tolist() == [0, 1, 3]
+
+
 def test_other_dtypes_are_compared_after_a_declared_cast() -> None:
     base = {"w": torch.randn(64)}
     tuned = {"w": base["w"].clone().bfloat16()}

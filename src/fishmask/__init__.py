@@ -7,8 +7,10 @@ from fishmask.attach import Tuning, attach
 from fishmask.between import between
 from fishmask.combine import combine
 from fishmask.delta import Delta, load
+from fishmask.dense import save_merged
 from fishmask.errors import FishError, HandshakeError, RoundError
 from fishmask.fisher import fisher, scores
+from fishmask.formats import export_delta, import_delta
 from fishmask.log import CheckpointLog
 from fishmask.mask import Mask
 from fishmask.rounds import LocalRounds
@@ -36,9 +38,12 @@ __all__ = [
     "combine",
     "data_parallel",
     "exchange",
+    "export_delta",
     "fisher",
     "get_fish_model",
+    "import_delta",
     "load",
+    "save_merged",
     "scores",
     "sync",
 ]

@@ -12,7 +12,7 @@ from fishmask.fingerprint import bytes_hash, raw_bits, raw_bytes, takes_whole
 from fishmask.mask import Mask, Patterns
 from fishmask.params import matching
 from fishmask.select import CHUNK, Keys, budget, collect, threshold
-from fishmask.weights import Source, View, Weights, open_weights
+from fishmask.weights import Source, View, Weights, is_twin, open_weights
 
 if TYPE_CHECKING:
     from fishmask.delta import Delta
@@ -247,7 +247,7 @@ def _paired(base: Weights, tuned: Weights, heads: set[str], left_out: set[str]) 
                 pairs[name] = name, name
         elif (canonical := base.aliases.get(name)) in theirs and canonical not in mine:
             pairs[str(canonical)] = canonical, name
-        elif not _is_twin(tuned, name, mine):
+        elif not is_twin(tuned, name, mine):
             problems.append(f"{name} is only in the second")
     used = {own for own, _ in pairs.values()}
     for name in theirs.keys() - mine.keys() - used:
@@ -255,7 +255,8 @@ def _paired(base: Weights, tuned: Weights, heads: set[str], left_out: set[str]) 
         if canonical in mine and canonical not in theirs:
             pairs[canonical] = name, canonical
             problems.remove(f"{canonical} is only in the second")
-        elif not _is_twin(base, name, theirs):
+        # Whole numbers that only the base has are buffers that are computed anew, such as BERT's positions.
+        elif base.headers[name].dtype.is_floating_point and not is_twin(base, name, theirs):
             problems.append(f"{name} is only in the first")
     problems += [
         f"{name} is {base.headers[own]} in the first, {tuned.headers[second]} in the second"
@@ -269,22 +270,6 @@ def _paired(base: Weights, tuned: Weights, heads: set[str], left_out: set[str]) 
         {name: pair for name, pair in pairs.items() if name not in whole},
         {name: pair for name, pair in pairs.items() if name in whole},
     )
-
-
-def _is_twin(weights: Weights, name: str, names: Mapping[str, None]) -> bool:
-    """Whether a matrix is a copy of another one of the same model: tied weights that were saved twice."""
-    header = weights.headers[name]
-    if weights.aliases.get(name) in names:
-        return True
-    if len(header.shape) < 2 or not _varies(weights, name):
-        return False
-    others = [other for other in names if other != name and weights.headers[other] == header]
-    return any(weights.hash(other) == weights.hash(name) for other in others)
-
-
-def _varies(weights: Weights, name: str) -> bool:
-    """Whether a tensor is more than a constant, which two tensors may share by chance."""
-    return any(bool((raw_bits(piece) != raw_bits(piece)[0]).any()) for _, piece in weights.pieces(name))
 
 
 class Fit(NamedTuple):
@@ -305,20 +290,30 @@ def fit(base: Weights, tuned: Weights) -> Fit:
     Returns:
         The renaming that gives the most tensors of one name and shape, and what then remains on either side.
     """
-
-    def common(rename: Mapping[str, str]) -> int:
-        return sum(tuned.headers.get(name) == header for name, header in View(base, rename).headers.items())
-
-    trials = [{"": _first(name)} for name in tuned.headers] + [{_first(name): ""} for name in base.headers]
-    unique = [dict(pair) for pair in dict.fromkeys(tuple(trial.items()) for trial in [{}, *trials])]
-    possible = [trial for trial in unique if not _collides(base, trial)]
-    rename = max(possible, key=common)
+    rename = guessed(base, {name: header.shape for name, header in tuned.headers.items()})
     names = View(base, rename).headers
     return Fit(
         rename,
         [name for name, header in tuned.headers.items() if names.get(name) != header],
-        [name for name in names if name not in tuned.headers],
+        [name for name, header in names.items() if name not in tuned.headers and header.dtype.is_floating_point],
     )
+
+
+def guessed(base: Weights, shapes: Mapping[str, torch.Size | None]) -> dict[str, str]:
+    """Guess which beginning names of the base lack or have too much; ``{}`` where they fit best as they are.
+
+    Args:
+        base: The base.
+        shapes: Names under which its tensors are wanted, and their shapes where they are known.
+    """
+
+    def common(rename: Mapping[str, str]) -> int:
+        renamed = View(base, rename).headers
+        return sum(name in renamed and shape in (None, renamed[name].shape) for name, shape in shapes.items())
+
+    trials = [{"": _first(name)} for name in shapes] + [{_first(name): ""} for name in base.headers]
+    unique = [dict(pair) for pair in dict.fromkeys(tuple(trial.items()) for trial in [{}, *trials])]
+    return max((trial for trial in unique if not _collides(base, trial)), key=common)
 
 
 def _first(name: str) -> str:

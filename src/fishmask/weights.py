@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fishmask import applied, container
 from fishmask.errors import FishError
-from fishmask.fingerprint import State, bytes_hash, place, raw_bytes
+from fishmask.fingerprint import State, bytes_hash, place, raw_bits, raw_bytes
 from fishmask.hub import located
 from fishmask.params import aliases
 from fishmask.quantized import weights
