@@ -182,6 +182,30 @@ def commits() -> str:
     return f"{table(columns, rows)}\n\n{machine(lines[-1])}"
 
 
+def switch() -> str:
+    """Return the benchmark of switching: one row per model and method."""
+    lines = latest(records("switch"), lambda line: (line["model"], line["method"]))
+    rows, notes = [], []
+    for model in dict.fromkeys(line["model"] for line in lines):
+        methods = [line for line in lines if line["model"] == model]
+        ours = methods[0]
+        for line in methods:
+            cells = [f"{line['file_bytes'] / 1e6:.2f}", f"{line['memory_bytes'] / 1e6:.2f}"]
+            cells += [f"{1e3 * line['load_seconds']:,.0f}", f"{1e3 * line['switch_seconds']:,.2f}"]
+            cells += [f"{line['switch_seconds'] / ours['switch_seconds']:.1f}", f"{1e3 * line['back_seconds']:,.2f}"]
+            cells += [f"{line['forward_seconds'] / ours['base_forward_seconds']:.2f}"]
+            rows.append([f"{model}: {line['method']}", *cells, f"{line['base_entries_changed']:,}"])
+        notes.append(
+            f"{model}: {ours['n']:,} entries, {ours['entries']:,} masked. Loading a delta without hashing the base: "
+            f"{1e3 * ours['trusted_seconds']:.0f} ms. `using` with what is in use already: "
+            f"{1e6 * ours['using_seconds']:.1f} µs. A forward of the base: {1e3 * ours['base_forward_seconds']:.0f} ms."
+        )
+    loads = [load for line in lines for load in line["load_average"]]
+    notes.append(f"{machine(lines[-1])} Load average {min(loads):.1f} to {max(loads):.1f}.")
+    columns = ["", "MB file", "MB memory", "first load, ms", "switch, ms", "÷ ours", "back, ms", "forward ÷ base"]
+    return "\n\n".join([table([*columns, "entries of the base changed"], rows), *notes])
+
+
 def cifar10() -> str:
     """Return the training from scratch in small: one row per setting."""
     return f"{cifar10_table('reduced')}\n\n{machine(records('cifar10')[-1])}"
@@ -308,6 +332,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "step": ("step", step),
     "checkpoints": ("checkpoints", checkpoints),
     "commits": ("checkpoints", commits),
+    "switch": ("switch", switch),
     "cifar10": ("cifar10", cifar10),
     "distributed-cifar10": ("distributed_cifar10", distributed_cifar10),
     "exchange": ("exchange", exchange),

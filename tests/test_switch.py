@@ -4,14 +4,20 @@ import asyncio
 import contextvars
 import copy
 import gc
+import json
+import os
 import pickle
 import random
+import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +27,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+import fishmask
 from fishmask import Delta, FishError, Mask, Switch, attach, combine
 from fishmask.fingerprint import raw_bits
 from tests.cases import case
+
+ROOT = Path(__file__).parents[1]
 
 
 def bits(model: nn.Module) -> dict[str, list[int]]:
@@ -817,3 +826,58 @@ def test_a_compiled_model_is_compiled_once(kind: str, backend: str) -> None:
             torch.testing.assert_close(compiled(x), tuned[None](x))
         assert switch.active is None
     torch._dynamo.reset()
+
+
+# --- the page, and the benchmark --------------------------------------------------------------------------------------
+
+
+def test_the_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, many, generate, several, split = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    case_of = case("gpt2")
+    model = case_of.make()
+    tuned = {name: changed(model, seed, 0.5) for seed, name in enumerate(("reviews", "news"))}
+    for name, other in tuned.items():
+        Delta.between(model, other).save(f"{name}.safetensors")
+    requests = [{"input_ids": case_of.batch(1, seed)["input_ids"]} for seed in range(8)]
+    tasks = ["reviews", "news"] * 4
+    prompt = requests[0] | {"attention_mask": torch.ones_like(requests[0]["input_ids"])}
+    prompt = {name: values[:, :3] for name, values in prompt.items()}
+    scope = {"fishmask": fishmask, "torch": torch, "ThreadPoolExecutor": ThreadPoolExecutor, "model": model}
+    scope |= {"requests": requests, "request": requests[0], "tasks": tasks, "prompt": prompt}
+    scope["collate"] = lambda rows: {"input_ids": torch.cat([row["input_ids"] for row in rows])}
+    with torch.no_grad():
+        exec(first, scope)
+        for name in tuned:
+            assert torch.equal(scope[name], tuned[name](**requests[0]).logits)
+        assert bits(model) == bits(case_of.make())
+        exec(many, scope)
+        expected = [tuned[task](**request).logits for task, request in zip(tasks, requests, strict=True)]
+        assert all(torch.equal(a, b) for a, b in zip(scope["answers"], expected, strict=True))
+        exec(generate, scope)
+        assert torch.equal(scope["tokens"], tuned["reviews"].generate(**prompt, max_new_tokens=8))
+        exec(several, scope)
+        assert torch.isfinite(scope["mixed"]).all() and scope["switch"].active.overlap == "mean"
+        exec(split, scope)
+        for found, wanted in zip(scope["answers"], expected, strict=True):
+            torch.testing.assert_close(found, wanted[0])
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_every_method_and_the_table_shows_them(tmp_path: Path) -> None:
+    output = tmp_path / "switch.jsonl"
+    options = ["--models", "tiny", "--rounds", "1", "--folder", str(tmp_path), "--output", str(output)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.switch", *options],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = {line["method"]: line for line in map(json.loads, output.read_text().splitlines())}
+    assert {"Switch", "LoRA r=8", "LoRA r=8, merged", "SHiRA", "Supertuning", "whole state dict"} < lines.keys()
+    assert lines["Switch"]["base_entries_changed"] == 0 < lines["LoRA r=8, merged"]["base_entries_changed"]
+    ours, whole = lines["Switch"], lines["whole state dict"]
+    assert ours["entries"] == int(0.005 * ours["n"]) and whole["entries"] == ours["n"]
+    assert 16 * ours["entries"] <= ours["memory_bytes"] < 0.1 * whole["memory_bytes"]
+    assert "PASS: tiny: the base comes back bit for bit" in done.stdout
