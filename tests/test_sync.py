@@ -282,6 +282,19 @@ def test_another_base_is_refused_by_name() -> None:
         Receiver(training.model)
 
 
+def test_a_new_head_may_have_been_anything_before() -> None:
+    """What is trained whole is not part of the base, as for a delta."""
+    training = Training("bert")
+    training.tuning.revert()
+    tuning = attach(training.model, Mask.random(training.model, density=0.2, keep="classifier", seed=1))
+    server = copy.deepcopy(training.base)
+    nn.init.ones_(server.classifier.weight)
+    deliver(Receiver(server), Sender(tuning).update())
+    assert equal(server, training.model)
+    with pytest.raises(ValueError, match="one name"):
+        Sender(tuning, checkpoint={"classifier.weight": "a", "classifier.bias": "a"})
+
+
 def test_tied_weights_that_are_not_tied_at_the_sender_are_refused() -> None:
     class Twins(nn.Module):
         def __init__(self, tied: bool) -> None:

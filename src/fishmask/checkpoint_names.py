@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fishmask.errors import FishError
-from fishmask.params import aliases, canonical_parameters
+from fishmask.params import aliases
+from fishmask.quantized import weights
 
 _FILE = "model.safetensors"
 
@@ -33,7 +34,7 @@ def checkpoint_names(model: nn.Module, checkpoint: str | PathLike[str] | Iterabl
         FishError: There is no such checkpoint in that place, or it has none of the model's parameters.
         OSError: A file cannot be read.
     """
-    canonical = canonical_parameters(model)
+    canonical = weights(model)
     if checkpoint is None:
         return _as_saved(model)
     held = set(_names_in(Path(checkpoint)) if isinstance(checkpoint, str | PathLike) else checkpoint)
@@ -55,13 +56,13 @@ def _as_saved(model: nn.Module) -> dict[str, str]:
     """Ask transformers what it would save, with tensors that have no memory."""
     tied = getattr(model, "all_tied_weights_keys", None)
     if tied is None:
-        return {name: name for name in canonical_parameters(model)}
+        return {name: name for name in weights(model)}
     from transformers.core_model_loading import revert_weight_conversion
 
     stand_ins: dict[str, torch.Tensor] = {}
     owners: dict[int, str] = {}
     for name, owner in aliases(model).items():
-        if owner in canonical_parameters(model) and name not in tied and owner not in owners.values():
+        if owner in weights(model) and name not in tied and owner not in owners.values():
             stand_ins[name] = torch.empty(model.get_parameter(owner).shape, device="meta")
             owners[id(stand_ins[name])] = owner
     saved = revert_weight_conversion(model, dict(stand_ins))

@@ -14,7 +14,8 @@ from fishmask.fingerprint import tensor_hash
 from fishmask.live import is_attached
 from fishmask.mask import Mask
 from fishmask.originals import Originals, persistent_buffers
-from fishmask.params import aliases, canonical_parameters, put
+from fishmask.params import aliases, put
+from fishmask.quantized import weights
 from fishmask.sync_message import Message, joined
 
 
@@ -115,7 +116,7 @@ class Receiver:
     @torch.no_grad()
     def _write(self, facts: Mapping[str, Any], vectors: Mapping[str, Tensor]) -> None:
         """Check all of an update, then write it."""
-        parameters, buffers = canonical_parameters(self.model), persistent_buffers(self.model)
+        parameters, buffers = weights(self.model), persistent_buffers(self.model)
         index = self._index
         if layout := facts.get("layout"):
             index = self._read(layout, vectors)
@@ -145,7 +146,7 @@ class Receiver:
 
     def _read(self, layout: Mapping[str, Any], vectors: Mapping[str, Tensor]) -> _Index:
         """Find the parameters of a layout in this model."""
-        parameters, owners = canonical_parameters(self.model), self._owners()
+        parameters, owners = weights(self.model), self._owners()
         faults = []
         for name, shape in layout["shapes"].items():
             own = parameters.get(owners.get(name, ""))

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from fishmask.attach import Tuning
 from fishmask.checkpoint_names import checkpoint_names
 from fishmask.errors import FishError
-from fishmask.fingerprint import tensor_hash
+from fishmask.fingerprint import fingerprint
 from fishmask.mask import Mask
 from fishmask.originals import persistent_buffers
 from fishmask.params import take
@@ -45,7 +45,7 @@ class Sender:
 
     Raises:
         TypeError: ``source`` has no tuning.
-        ValueError: ``chunk_bytes`` is too small for one entry.
+        ValueError: ``chunk_bytes`` is too small for one entry, or ``checkpoint`` gives one name twice.
         FishError: No adapter is in training, or there is no such checkpoint.
 
     Example:
@@ -73,6 +73,10 @@ class Sender:
         self.chunk_bytes = chunk_bytes
         given = isinstance(checkpoint, Mapping)
         self._names = dict(checkpoint) if given else checkpoint_names(tuning.model, checkpoint)  # type: ignore[arg-type]
+        if len(set(self._names.values())) < len(self._names):
+            raise ValueError(
+                "checkpoint gives several parameters one name; a tied parameter goes by its canonical name"
+            )
         self._stream = secrets.token_hex(8)
         self._number = -1  # of the last update
         self._makes: str | None = None  # messages or patches
@@ -243,8 +247,10 @@ class Sender:
             "dtypes": {self._names[n]: str(parameters[n].dtype)[6:] for n in (*self._indices, *self._settled)},
         }
         if start:
-            base = self.tuning.originals.base(self.tuning.model)
-            layout["base"] = {self._names[name]: tensor_hash(tensor) for name, tensor in base if name in self._names}
+            # What is replaced whole, such as a new head, may be anything before.
+            whole = self._mask | Mask.from_indices(self.tuning.originals.indices, shapes=shapes)
+            named_base = ((n, base) for n, base in self.tuning.originals.base(self.tuning.model) if n in self._names)
+            layout["base"] = {self._names[name]: known for name, known in fingerprint(named_base, whole).items()}
         return layout
 
 
