@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from fishmask import sharded
 
-BITSANDBYTES = ("Params4bit", "Int8Params")  # its classes of parameters
-
 
 def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the floating-point parameters of ``model`` by canonical name, in module order, tied ones once.
@@ -26,10 +24,14 @@ def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def is_quantized(parameter: Tensor) -> bool:
     """Whether a parameter holds a quantized form of its numbers, of bitsandbytes or torchao."""
-    kind = type(parameter)
-    if kind.__name__ in BITSANDBYTES and kind.__module__.startswith("bitsandbytes."):
+    if type(parameter).__module__.startswith("bitsandbytes."):
         return not parameter.is_floating_point()  # they are made with float weights, and quantized when moved
-    return kind.__module__.startswith("torchao.") and hasattr(parameter, "__tensor_flatten__")
+    return is_in_torchao(parameter)
+
+
+def is_in_torchao(parameter: Tensor) -> bool:
+    """Whether a parameter is one of torchao's kinds of tensors."""
+    return type(parameter).__module__.startswith("torchao.") and hasattr(parameter, "__tensor_flatten__")
 
 
 def aliases(model: nn.Module) -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fishmask.errors import FishError
-from fishmask.params import BITSANDBYTES, is_quantized
+from fishmask.params import is_in_torchao, is_quantized
 from fishmask.side import Side, side_of
 
 _OTHERS = ("qweight", "W_q", "weight_packed")  # where GPTQ and AWQ, HQQ, and compressed-tensors keep a layer's weight
@@ -255,17 +255,20 @@ def untrainable(model: nn.Module) -> list[str]:
     faults = []
     for path, module in model.named_modules():
         weight: Any = module._parameters.get("weight")
-        if weight is None or not type(weight).__module__.startswith(("bitsandbytes.", "torchao.")):
-            continue
         kind = type(module).__name__
-        if type(weight).__name__ in BITSANDBYTES and weight.is_floating_point():
-            faults.append(f"{path}: this {kind} is not quantized yet; move the model to its device first")
+        if weight is None:
+            continue
+        if type(module).__module__.startswith("bitsandbytes.") and weight.is_floating_point():
+            faults.append(
+                f"{path}: this {kind} is not quantized; move the model to its device first, or, where transformers "
+                f"has made a new head, name it in llm_int8_skip_modules of the BitsAndBytesConfig"
+            )
         elif is_repacked(weight):
             faults.append(
                 f"{path}: bitsandbytes has repacked this {kind} in an evaluation on the CPU, which loses the gradient "
                 "of its input; load the model again, and attach before its first forward"
             )
-        elif type(weight).__name__ not in BITSANDBYTES and isinstance(module, nn.Linear) and not _has_backward(weight):
+        elif is_in_torchao(weight) and isinstance(module, nn.Linear) and not _has_backward(weight):
             faults.append(
                 f"{path}: a torchao weight ({type(weight).__name__}) through which no gradient flows; quantize the "
                 "weights alone, not the activations (Int8WeightOnlyConfig, for instance)"

@@ -70,7 +70,9 @@ class Side:
 
     def follow(self, weight: "QuantizedWeight") -> None:
         """Notice that the quantized weight was moved; or replaced, which ends all entries as it would in a weight."""
-        stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in weight.stored())
+        # The packed tensors of a subclass do not count their changes; the parameter around them does.
+        held = (weight.parameter, *weight.stored())
+        stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in held)
         if stamp == self._stamp:
             return
         stored = weight.stored_sum()
@@ -152,14 +154,16 @@ class _Add(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, x: Tensor, plan: SidePlan, sparse: Sparse) -> Tensor:
         ctx.plan, ctx.sparse, ctx.shape, ctx.dtype = plan, sparse, x.shape, x.dtype
         flat = x.reshape(-1, x.shape[-1]).to(output.dtype)
-        return plan.added(output.reshape(-1, output.shape[-1]), flat, sparse).view(output.shape)
+        with torch.autocast(x.device.type, enabled=False):  # everything is in the dtype that the layer answered in
+            return plan.added(output.reshape(-1, output.shape[-1]), flat, sparse).view(output.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         dx = None
         if ctx.needs_input_grad[1]:
-            flat = ctx.plan.transposed(grad.reshape(-1, grad.shape[-1]), ctx.sparse)
+            with torch.autocast(grad.device.type, enabled=False):
+                flat = ctx.plan.transposed(grad.reshape(-1, grad.shape[-1]), ctx.sparse)
             dx = flat.view(ctx.shape).to(ctx.dtype)
         return (grad if ctx.needs_input_grad[0] else None), dx, None, None
 
