@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -38,6 +38,7 @@ def test_bfloat16_rounds_to_its_eight_digits(numbers: list[float]) -> None:
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=40), st.integers(0, 3 * BLOCK), st.integers(0, 2**32 - 1))
+@example(numbers=[torch.finfo(torch.float32).max], more=0, seed=0)
 @settings(max_examples=150, deadline=None)
 def test_int8_errs_by_half_a_step_of_its_block(numbers: list[float], more: int, seed: int) -> None:
     filling = torch.randn(more, generator=torch.Generator().manual_seed(seed))

@@ -38,5 +38,6 @@ def decode(coded: Tensor, payload: Payload, count: int) -> Tensor:
     scales = coded[..., :start].clone(memory_format=torch.contiguous_format).view(torch.float32)
     digits = coded[..., start:].contiguous().view(torch.int8).float()
     blocks = torch.nn.functional.pad(digits, (0, -count % BLOCK)).unflatten(-1, (-1, BLOCK))
-    values: Tensor = (blocks * scales.unsqueeze(-1)).flatten(-2)[..., :count].contiguous()
+    largest = torch.finfo(torch.float32).max  # which the product may pass, because the scale is rounded
+    values: Tensor = (blocks * scales.unsqueeze(-1)).clamp_(-largest, largest).flatten(-2)[..., :count].contiguous()
     return values
