@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -402,6 +403,21 @@ def test_the_next_update_after_every_nth_step() -> None:
     for wrong in (0, True, 1.5):
         with pytest.raises(ValueError, match="at least 1"):
             sender.on_step(send, every=wrong)  # type: ignore[arg-type]
+
+
+def test_in_a_trainer(tmp_path: Any) -> None:
+    model = case("bert").make()
+    adapters = fishmask.get_fish_model(model, fishmask.FishConfig(density=0.1, score="random"))
+    receiver, batch = Receiver(case("bert").make()), case("bert").batch(16, 0)
+    Sender(adapters).on_step(lambda messages: deliver(receiver, messages), every=2)
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=4, gradient_accumulation_steps=2, learning_rate=0.01, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{name: values[i] for name, values in batch.items()} for i in range(16)]
+    transformers.Trainer(adapters, args, train_dataset=rows).train()
+    assert receiver.update == 1  # of four steps, not of eight passes
+    assert equal(receiver.model, model) and not equal(receiver.model, case("bert").make())
 
 
 def test_names_are_those_that_save_pretrained_writes(tmp_path: Any) -> None:
