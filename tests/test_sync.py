@@ -26,6 +26,7 @@ from fishmask import FishError, Mask, attach
 from fishmask.sync import Message, Receiver, Sender, broadcast, checkpoint_names
 from fishmask.sync import narrowed as as_int32
 from tests.cases import case, hf
+from tests.quantized import numbers_of, quantized
 from tests.team import Team
 
 SMALL = 200  # bytes of a message: every update takes several
@@ -114,6 +115,30 @@ def test_a_receiver_follows_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     assert not equal(receiver.model, training.model)
     receiver.reset()
     assert equal(receiver.model, training.base)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_server_of_a_quantized_base_follows(kind: str) -> None:
+    """Entries of quantized layers go beside them, on both ends."""
+    model, served = quantized(kind), quantized(kind)
+    tuning = attach(model, Mask.random(model, density=0.05, seed=0))
+    optimizer = torch.optim.AdamW(tuning.parameters(), lr=0.05)
+    sender, receiver = Sender(tuning), Receiver(served)
+    ids = torch.arange(15).view(3, 5)
+    for step in range(4):
+        model(ids).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 2:
+            tuning.set_mask(Mask.random(model, density=0.05, seed=1), optimizer)
+        deliver(receiver, sender.update())
+        ours, theirs = numbers_of(model), numbers_of(served)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        with torch.no_grad():
+            assert torch.equal(model(ids), served(ids))
+    receiver.reset()
+    with torch.no_grad():
+        assert torch.equal(served(ids), quantized(kind)(ids)) and not torch.equal(served(ids), model(ids))
 
 
 def test_the_index_travels_once_and_then_k_values() -> None:
