@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fishmask.attach import Tuning, attach
 from fishmask.delta import Delta
 from fishmask.errors import FishError
+from fishmask.live import is_attached
 from fishmask.mask import Mask
 from fishmask.originals import persistent_buffers
 from fishmask.params import aliases
@@ -20,7 +21,8 @@ class Adapters:
     """Which adapters there are and which one is in the model.
 
     A trained adapter is a ``Tuning``, suspended while it is not in the model; a frozen one is a delta in a ``Switch``.
-    Each operation is done on the base and puts back what was in the model, whatever fails on the way.
+    Each operation is done on the base and puts back what was in the model, whatever fails on the way. The base is
+    frozen until ``release``.
 
     Args:
         model: The base, or a model that is attached already: then ``wrap`` its tuning first.
@@ -39,6 +41,9 @@ class Adapters:
         self._lent = False  # within base(): the weights are the base's, while an adapter is still attached
         self._tunings: dict[str, Tuning | None] = {}
         self._switch = Switch(model)
+        self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        if not is_attached(model):
+            _freeze(model)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tunings)
@@ -153,6 +158,7 @@ class Adapters:
         else:
             tuning.suspend()
             _rest(tuning)
+            _freeze(self.model)  # one that was attached before it came here
         self._inside = None
 
     def _put_in(self, name: str | None) -> None:
@@ -169,6 +175,7 @@ class Adapters:
         """Take the tuning of an attached model for the first adapter."""
         self._tunings[name] = tuning
         self.active = self._inside = name
+        self._required_grad |= tuning._required_grad
 
     def add(self, name: str, mask: Mask) -> None:
         """Add an adapter that is trained from the base's own values on."""
@@ -224,6 +231,8 @@ class Adapters:
         self._switch.release()
         self._tunings.clear()
         self.active = self._inside = None
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(self._required_grad.get(name, p.requires_grad))
 
     def convert(self, apply: Callable[[], Any]) -> None:
         """Move or convert the base by ``apply`` while no adapter is in it; the adapters follow."""
@@ -281,6 +290,11 @@ class Adapters:
             self._switch.remove(name)
         else:
             tuning.revert()
+
+
+def _freeze(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.requires_grad_(False)
 
 
 def _rest(tuning: Tuning) -> None:
