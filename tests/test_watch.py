@@ -1,8 +1,11 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fishmask import Mask, attach
 from fishmask.watch import Watch
 
 
@@ -71,3 +74,43 @@ def test_watching_nests() -> None:
     layer.weight.sum()
     watch.stop()
     assert len(reported) == 1
+
+
+class Product(torch.autograd.Function):
+    """A product as kernels for large heads compute it: autograd asks for the weight's gradient when it is called."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.T @ x if ctx.needs_input_grad[1] else None
+
+
+class Headless(nn.Module):
+    """The head's module holds its weight and never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Product.apply(self.body(x), self.head.weight)
+
+
+def test_a_function_of_ones_own() -> None:
+    """Its weight is found before the first call, so no gradient is lost; nothing stays behind in torch."""
+    apply, x = torch.autograd.Function.__dict__["apply"], torch.randn(5, 3)
+    model, dense = Headless(), Headless()
+    tuning = attach(model, Mask.random(model, 0.9, seed=0))
+    dense(x).square().sum().backward()
+    model(x).square().sum().backward()
+    assert tuning.general == ("head.weight",)
+    for name, values in tuning.named_parameters():
+        expected = dense.get_parameter(name).grad.flatten()[tuning.mask.indices[name]]
+        assert torch.allclose(values.grad, expected, rtol=1e-6), name
+    assert torch.autograd.Function.__dict__["apply"] is apply

@@ -20,6 +20,55 @@ _QUERIES = frozenset(
 _TRANSPOSES = frozenset(getattr(Tensor, name).__get__ for name in ("T", "H", "mT", "mH"))
 
 
+class _Functions:
+    """Calls of ``torch.autograd.Function``s, which modes do not see: told to the watches of the thread that calls.
+
+    ``apply`` has another method in its place for as long as anybody watches, and no longer.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watching = 0  # of all threads
+        self._thread = threading.local()
+
+    def follow(self, watch: "Watch") -> None:
+        """Tell a watch of the calls of this thread."""
+        self._watches().append(watch)
+        with self._lock:
+            self._watching += 1
+            if self._watching == 1:
+                self._apply = torch.autograd.Function.__dict__["apply"]
+                torch.autograd.Function.apply = classmethod(self._told())  # type: ignore[assignment,method-assign]
+
+    def leave(self, watch: "Watch") -> None:
+        """Tell it no more."""
+        self._watches().remove(watch)
+        with self._lock:
+            self._watching -= 1
+            if self._watching == 0:
+                torch.autograd.Function.apply = self._apply  # type: ignore[method-assign]
+
+    def _watches(self) -> "list[Watch]":
+        if not hasattr(self._thread, "watches"):
+            self._thread.watches = []
+        watches: list[Watch] = self._thread.watches
+        return watches
+
+    def _told(self) -> Callable[..., Any]:
+        apply = self._apply.__func__
+
+        def told(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            with torch._C.DisableTorchFunction():  # what a report does is no use of a weight
+                for watch in self._watches():
+                    watch.look(cls, (*args, *kwargs.values()))
+            return apply(cls, *args, **kwargs)
+
+        return told
+
+
+_FUNCTIONS = _Functions()
+
+
 class _Thread(threading.local):
     """What one thread is doing."""
 
@@ -70,6 +119,7 @@ class Watch(TorchFunctionMode):
             thread.depth.clear()  # no owner is running now
             thread.looking = True
             self.__enter__()
+            _FUNCTIONS.follow(self)
 
     def stop(self, altogether: bool = False) -> None:
         """End the last ``start`` of this thread, or all of them."""
@@ -77,6 +127,7 @@ class Watch(TorchFunctionMode):
         thread.forwards = 0 if altogether else max(0, thread.forwards - 1)
         if thread.forwards == 0 and thread.looking:
             thread.looking = False
+            _FUNCTIONS.leave(self)
             self.__exit__(None, None, None)
 
     def __torch_function__(
@@ -86,18 +137,19 @@ class Watch(TorchFunctionMode):
         owned = self._owned
         for value in args:
             if id(value) in owned or type(value) in (list, tuple):
-                self._look(func, value)
+                self.look(func, value)
         if not kwargs:
             return func(*args)
         for value in kwargs.values():
             if id(value) in owned or type(value) in (list, tuple):
-                self._look(func, value)
+                self.look(func, value)
         return func(*args, **kwargs)
 
-    def _look(self, func: Any, value: Any) -> None:
+    def look(self, func: Any, value: Any) -> None:
+        """Report an owned weight, or those in a list, that ``func`` takes outside its module's forward."""
         if isinstance(value, list | tuple):
             for item in value:
-                self._look(func, item)
+                self.look(func, item)
         elif id(value) in self._owned and not self._thread.depth.get(id(value), 0) and not _is_query(func):
             self._report(value)
 
