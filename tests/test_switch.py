@@ -30,7 +30,9 @@ from torch._dynamo.utils import counters
 import fishmask
 from fishmask import Delta, FishError, Mask, Switch, attach, combine
 from fishmask.fingerprint import raw_bits
+from fishmask.quantized import weights
 from tests.cases import case
+from tests.quantized import KINDS, QUANTIZED, plain
 
 ROOT = Path(__file__).parents[1]
 
@@ -187,6 +189,37 @@ def test_weights_made_under_inference_mode() -> None:
         assert bits(model) == bits(plain)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_weights(kind: str) -> None:
+    """Entries act beside them; a switch takes them out again, and a combination is that of the dequantized numbers."""
+    model = plain()
+    KINDS[kind](model, QUANTIZED)
+    mask = Mask.random(weights(model), 0.1, seed=0)
+    x = torch.arange(12).view(3, 4)
+    with torch.no_grad():
+        base, switch, outputs = model(x), Switch(model), {}
+        for name, seed in (("a", 1), ("b", 2)):
+            tuning = attach(model, mask)
+            with torch.no_grad():
+                tuning.values.add_(torch.randn(mask.k, generator=torch.Generator().manual_seed(seed)))
+            outputs[name] = model(x)
+            delta = tuning.delta()
+            tuning.revert()
+            switch.add(name, delta)
+        for name in ("a", "b", None, "b", "a", None):
+            switch.use(name)
+            assert torch.equal(model(x), base if name is None else outputs[name])
+            switch.check()
+        both = combine(model, [switch.delta("a"), switch.delta("b")], [0.5, 0.5], overlap="sum")
+        switch.use({"a": 0.5, "b": 0.5}, overlap="sum")
+        mixed = model(x)
+        switch.use(None)
+        both.apply(model)
+        assert torch.equal(model(x), mixed)
+        both.revert(model)
+        assert torch.equal(model(x), base)
+
+
 # --- combinations -----------------------------------------------------------------------------------------------------
 
 
@@ -337,11 +370,11 @@ def test_weights_that_are_moved_are_followed() -> None:
     model = case("mlp").make()
     switch, tuned = switched(model, "a", "b")
     switch.use("a")
-    old = switch._held["a"].writes["0.weight"].place.pointer
+    old = switch._held["a"].writes["0.weight"].place
     for p in model.parameters():
         p.data = p.data.clone()  # as .to(device) does
     switch.use("b")
-    assert switch._held["a"].writes["0.weight"].place.pointer != old
+    assert switch._held["a"].writes["0.weight"].place is not old
     assert bits(model) == bits(tuned["b"])
     model.load_state_dict(copy.deepcopy(tuned["b"]).state_dict(), assign=True)
     switch.use(None)

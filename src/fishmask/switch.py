@@ -18,6 +18,7 @@ from fishmask.fingerprint import raw_bits
 from fishmask.live import LIVE, is_attached, tuning_of
 from fishmask.params import aliases, find
 from fishmask.places import Place, Write, exchange, place_of
+from fishmask.quantized import settle
 from fishmask.turns import ANYTHING, Serving, Turns
 
 _KEPT = 8  # combinations, those used last
@@ -128,6 +129,7 @@ class Switch:
             tuning = tuning_of(self.model) if LIVE else None
             self._refuse_others(attached=tuning is not None and not tuning._disabled)
             delta.check(self.model, check_base)
+            settle(self.model)
             self._follow(self._present)
             self._held[name] = self._ready(name, delta, delta.entries(self.model))
 
@@ -226,6 +228,7 @@ class Switch:
             deltas = {name: _delta(held) for name, held in self._held.items()}
             for delta in deltas.values():
                 delta.check(self.model, check_base=False)
+            settle(self.model)
             self._places, self._held = {}, {}
             self._combined.clear()
             for name, delta in deltas.items():
@@ -311,17 +314,17 @@ class Switch:
             if name not in self._places:
                 self._places[name] = place_of(self.model, name)
             place = self._places[name]
-            bits = raw_bits(values).to(place.flat.device)
+            bits = raw_bits(values).to(place.device)
             alike = self._alike(name, indices)
             if alike is not None:
                 writes[name] = Write(place, alike.positions, bits, alike.base)
                 continue
             positions = place.positions(indices)
             if bases is None:
-                base = place.flat.index_select(0, positions)
+                base = place.read(positions)
                 self._cover(base, name, indices, "base")
             else:
-                base = bases[name].to(place.flat.device)
+                base = bases[name].to(place.device)
             writes[name] = Write(place, positions, bits, base)
         return _Held(spec, delta, entries, writes, parts)
 
@@ -401,7 +404,7 @@ class Switch:
                 if id(write.positions) not in anew:
                     anew[id(write.positions)] = place.positions(held.entries[name][0])
                 write.place, write.positions = place, anew[id(write.positions)]
-                write.bits, write.base = write.bits.to(place.flat.device), write.base.to(place.flat.device)
+                write.bits, write.base = write.bits.to(place.device), write.base.to(place.device)
         try:
             self._compare(everyone.values(), buffers=False)
         except FishError:
@@ -415,10 +418,10 @@ class Switch:
         changed = []
         for one in held:
             for name, write in one.writes.items():
-                if buffers or isinstance(write.place.tensor, nn.Parameter):
+                if buffers or not write.place.is_buffer:
                     expected = write.base.clone()
                     self._cover(expected, name, one.entries[name][0], "bits")
-                    if not torch.equal(write.place.flat.index_select(0, write.positions), expected):
+                    if not torch.equal(write.place.read(write.positions), expected):
                         changed.append(name)
         if changed:
             raise FishError(
