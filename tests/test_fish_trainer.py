@@ -21,7 +21,7 @@ from fishmask import FishConfig, FishError, FishModel, Mask
 from tests.cases import case
 from tests.replicas import moved
 from tests.team import Team
-from tests.test_trainer import Record, Stop, StopAt, differences
+from tests.test_trainer import NewMask, Record, Stop, StopAt, differences, mask_of
 
 CONFIG = FishConfig(task_type="SEQ_CLS", density=0.1, score="random")
 FILES = {
@@ -445,6 +445,20 @@ def test_model_init(tmp_path: Path) -> None:
     first = values(run)
     run.train()
     assert not differences(first, values(run))
+
+
+def test_another_mask_in_mid_training(tmp_path: Path) -> None:
+    """A callback that sets a mask needs to know nothing of the FishModel: the new values are clipped and cleared."""
+    settings = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 1e-3}
+    run = trainer(tmp_path, None, NewMask(4), warmup_steps=0, weight_decay=0.0, **settings)
+    base = weights(made())
+    run.train()
+    model = run.model
+    assert model.mask() == mask_of(made(), seed=7) and run.state.global_step == 10
+    moved = [values_of(model)[name] - base[name].flatten()[i] for name, i in model.mask().indices.items()]
+    # Ten steps of length 0.001, which is what clipping leaves.
+    assert 1e-3 < torch.cat(moved).norm() < 10.1e-3
+    assert {id(p) for p in model.values.parameters()} == {id(p) for p in model.tuning.parameters()}
 
 
 # --- without a FishModel ----------------------------------------------------------------------------------------------

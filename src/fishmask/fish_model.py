@@ -248,8 +248,11 @@ class FishModel(PeftModel):  # type: ignore[misc]
             ValueError: ``adapter_names``, which mixes adapters within one batch, is given.
         """
         _refuse_mixed(adapter_names)
-        if self.tuning is not None:
-            self._check_replica(self.tuning)
+        tuning = self.tuning
+        if tuning is not None:
+            if not self._has_values_of(tuning):
+                self.mirror()
+            self._check_replica(tuning)
         return self.get_base_model()(*args, **kwargs)
 
     @override
@@ -643,6 +646,12 @@ class FishModel(PeftModel):  # type: ignore[misc]
             tree = self.values._modules.get(name)
             if not isinstance(tree, ValueTree) or not tree.serves(tuning):
                 self.values[name] = ValueTree(tuning)
+
+    def _has_values_of(self, tuning: Tuning) -> bool:
+        """Whether the active adapter's values are parameters of this module; another mask makes all of them anew."""
+        name, values = next(tuning.named_parameters())
+        tree = self.values._modules.get(self.active_adapter or "")
+        return isinstance(tree, ValueTree) and tree.has(name, values)
 
     @override
     def _apply(self, fn: Any, recurse: bool = True) -> "FishModel":

@@ -33,6 +33,14 @@ class ValueTree(nn.Module):
         self._digest = tuning.mask.digest
         self.register_state_dict_post_hook(_with_own_memory)
 
+    def has(self, name: str, values: nn.Parameter) -> bool:
+        """Whether these are the values of the parameter of that name."""
+        *path, last = name.split(".")
+        place: nn.Module | None = self
+        for part in path:
+            place = None if place is None else place._modules.get(part)
+        return place is not None and place._parameters.get(last) is values
+
     def serves(self, tuning: Tuning) -> bool:
         """Whether these are the values that the tuning trains."""
         return [id(p) for p in self.parameters()] == [id(p) for p in ValueTree(tuning).parameters()]
