@@ -18,6 +18,7 @@ import fishmask
 from fishmask import Delta, FishError, Mask
 from fishmask.plans import SidePlan
 from fishmask.quantized import QuantizedWeight, weights
+from fishmask.side import side_of
 from tests.quantized import KINDS, QUANTIZED, Net, batch, dequantized_twin, numbers_of, plain, quantized
 from tests.test_attach import clustered
 
@@ -307,6 +308,16 @@ def test_base_comes_back_bit_for_bit(kind: str) -> None:
     assert torch.equal(output(model), out)
     tuning.revert()
     assert torch.equal(output(model), base)
+    assert not any(side.active for name in QUANTIZED if (side := side_of(model.get_submodule(name))))
+
+
+def test_entries_that_move_later_than_others_count() -> None:
+    model = quantized("int8")
+    weight, indices = weights(model)["up.weight"], torch.tensor([3, 70, 71, 2000])
+    base, x = weight.detach().view(-1)[indices], torch.randn(4, 64)
+    for moved in (torch.tensor([0.0, 1, 0, 0]), torch.tensor([2.0, 1, 0, 3]), torch.tensor([0.0, 0, 0, 3])):
+        weight.put(indices, base + moved)
+        torch.testing.assert_close(model.up(x), F.linear(x, weight.detach(), model.up.bias), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "bnb int8", "int8"])
@@ -439,14 +450,25 @@ def test_loading_a_state_keeps_the_trained_entries_beside_the_same_base_alone() 
         tuning.revert()
 
 
-def test_evaluating_on_the_cpu_does_not_repack_the_base() -> None:
+@pytest.mark.parametrize("masked", ["up.weight", "down.weight", "norm.weight"])
+def test_evaluating_on_the_cpu_does_not_repack_the_base(masked: str) -> None:
     model = quantized("nf4")
-    tuning = trained(model.train())
-    out = output(model)
+    tuning = trained(model.train(), Mask.from_indices({masked: range(100), "words.weight": range(500)}))
+    out, values = output(model), tuning.values.clone()
     assert torch.allclose(output(model.eval()), out, atol=1e-5)
-    train(model.train(), sgd(tuning.parameters()), 1)  # the gradient still flows through the layers
+    train(model.train(), sgd(tuning.parameters()), 1)
+    assert not any(torch.equal(*pair) for pair in zip(tuning.values.split([100, 500]), values.split([100, 500])))
     tuning.revert()
     assert torch.equal(output(model.train()), output(quantized("nf4").train()))
+
+
+def test_a_layer_with_replaced_entries_is_not_repacked() -> None:
+    model = quantized("nf4").eval()
+    weight = weights(model)["up.weight"]
+    base = weight.detach()
+    weight.put(torch.tensor([5]), torch.tensor([1.0]))
+    output(model)
+    assert torch.equal((weight.detach() != base).view(-1).nonzero(), torch.tensor([[5]]))
 
 
 def test_biases_have_the_dtype_that_bitsandbytes_computes_in_from_the_start() -> None:

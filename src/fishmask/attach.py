@@ -184,7 +184,11 @@ class Tuning:
 
         Every step of a ``torch.optim`` optimizer and every forward of the model does so by itself. Call it only after
         a change that PyTorch does not count as one (through ``.data``).
+
+        Raises:
+            FishError: The tuning is suspended.
         """
+        self._check_present()
         if self._shards is not None:
             self._shards.settle()
         for entry in self._entries.values():
@@ -193,7 +197,12 @@ class Tuning:
 
     @torch.no_grad()
     def read_back(self) -> None:
-        """Read the values from the model's weights; ``load_state_dict`` on the model does so by itself."""
+        """Read the values from the model's weights; ``load_state_dict`` on the model does so by itself.
+
+        Raises:
+            FishError: The tuning is suspended.
+        """
+        self._check_present()
         parameters = self.settled_parameters()
         for name, entry in self._entries.items():
             if parameters[name] is not entry.weight:  # load_state_dict(assign=True) brings a new parameter
@@ -337,6 +346,7 @@ class Tuning:
                 f"the model is no longer the base of this Tuning: other weights in {', '.join(changed)}. Undo that "
                 "change; after moving or converting the model call rebase() before resume()"
             )
+        self.originals.restore_buffers(self.model)  # those that others have moved meanwhile
         self._away.write(self.model)
         self._away, self._attached = None, True
         with torch.inference_mode(False):
@@ -427,7 +437,11 @@ class Tuning:
         Args:
             precision: "weights", numbers in the weights' own dtype; "values", the float32 numbers that are trained, so
                 that training can go on from them. They give the same weights.
+
+        Raises:
+            FishError: The tuning is suspended, or what is not in the mask was changed.
         """
+        self._check_present()
         from fishmask.delta import Delta
         from fishmask.fingerprint import fingerprint
 
@@ -480,9 +494,12 @@ class Tuning:
         parts: tuple[Tensor, ...] = self._flat.split([len(entry.indices) for entry in self._entries.values()])
         return parts
 
-    def _check_attached(self) -> None:
+    def _check_present(self) -> None:
         if self._away is not None:
             raise FishError("this Tuning is suspended, and its model is the base: call resume() first")
+
+    def _check_attached(self) -> None:
+        self._check_present()
         if not self._attached:
             raise FishError("this Tuning is no longer attached to its model: call fishmask.attach(model, mask) again")
 

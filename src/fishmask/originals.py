@@ -112,9 +112,14 @@ class Originals:
 
     def restore(self, model: nn.Module) -> None:
         """Give ``model`` its base back, in place, bit for bit."""
-        parameters, buffers = weights(model), persistent_buffers(model)
+        parameters = weights(model)
         for name, original in self._entries.items():
             original.write(parameters[name])
+        self.restore_buffers(model)
+
+    def restore_buffers(self, model: nn.Module) -> None:
+        """Give ``model`` the base's buffers back."""
+        buffers = persistent_buffers(model)
         for name in self.changed_buffers(model).keys() & self._buffers.keys():
             buffers[name].copy_(self._buffers[name])
 
@@ -142,6 +147,8 @@ class Originals:
                     self.restore(model)
                 yield
             finally:
+                with torch.no_grad():
+                    self.restore_buffers(model)  # those that a forward of the base has moved
                 present.write(model)
 
     def present(self, model: nn.Module) -> Present:
