@@ -1,5 +1,6 @@
 """The documentation's site: it builds without a warning, nothing is missing from it, and its code does what it says."""
 
+import ast
 import inspect
 import os
 import re
@@ -95,6 +96,12 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
 
 
 # --- code on the pages ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")))
+def test_the_code_of_every_page_is_python(page: str) -> None:
+    for code in blocks(page):
+        ast.parse(code)
 
 
 def entries_of(delta: Delta) -> dict[str, tuple[np.ndarray, np.ndarray]]:
