@@ -166,6 +166,34 @@ def test_a_tied_tensor_is_found_under_the_name_that_the_file_has() -> None:
     assert "transformer.wte.weight" in back.mask.shapes
 
 
+def test_a_constant_matrix_is_no_copy_of_another() -> None:
+    base = {"a": torch.zeros(2, 2)}
+    with pytest.raises(ValueError, match="b is only in the second"):
+        fishmask.between(base, {"a": torch.ones(2, 2), "b": torch.ones(2, 2)})
+
+
+def test_the_longest_beginning_that_fits_is_renamed() -> None:
+    base = {"m.w": torch.zeros(1), "m.inner.w": torch.zeros(1), "v": torch.zeros(1)}
+    tuned = {"n.w": torch.ones(1), "w": torch.ones(1), "v": torch.ones(1)}
+    assert fishmask.between(base, tuned, rename={"m.": "n.", "m.inner.": ""}).k == 3
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_the_size_of_the_pieces_does_not_matter(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [saved(case("bert").make(), tmp_path / "base", "folder")]
+    paths += [saved(touched(case("bert").make()), tmp_path / "tuned", "folder")]
+    wanted = {k: fishmask.between(*paths, k=k) for k in (None, 9)}
+    for module in ("weights", "between", "select"):
+        monkeypatch.setattr(sys.modules[f"fishmask.{module}"], "CHUNK", size)
+    for k, delta in wanted.items():
+        found = fishmask.between(*paths, k=k)
+        assert (found.mask, found.base) == (delta.mask, delta.base)
+        assert all(torch.equal(found.values[name], values) for name, values in delta.values.items())
+    fishmask.save_merged(paths[0], wanted[None], tmp_path / "merged")
+    assert load_file(tmp_path / "merged" / "model.safetensors").keys() == case("bert").make().state_dict().keys()
+    assert fishmask.between(paths[1], tmp_path / "merged").k == 0
+
+
 # --- the largest changes ----------------------------------------------------------------------------------------------
 
 

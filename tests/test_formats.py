@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import fishmask
+import fishmask.fingerprint
 from fishmask import Delta, FishError, Mask, export_delta, import_delta, save_merged
 from fishmask.cli import app
 from fishmask.fingerprint import raw_bits
@@ -186,6 +187,24 @@ def test_modules_whose_names_end_alike_are_refused_or_stored_too(tmp_path: Path)
     adapted = peft.PeftModel.from_pretrained(Namesakes(), tmp_path).eval()
     x = torch.randn(5, 6)
     torch.testing.assert_close(adapted(x), tuned(x))
+
+
+def test_buffers_of_modules_stored_whole_go_along(tmp_path: Path) -> None:
+    base, tuned = case("conv").make(), case("conv").make()
+    with torch.no_grad():
+        tuned.head.weight.view(-1)[:11] += 1
+        tuned.norm.weight += 1
+        tuned.norm.running_mean += 1
+    delta = Delta.between(base, tuned)
+    with pytest.raises(FishError, match=r"norm.running_mean \(8 of its entries; BatchNorm2d, not whole\)"):
+        export_delta(delta, "supertuning", tmp_path, base=base)
+    export_delta(delta, "supertuning", tmp_path, base=base, pad=True)
+    adapted = peft.PeftModel.from_pretrained(case("conv").make(), tmp_path).eval()
+    images = case("conv").batch(4, 0)[0]
+    torch.testing.assert_close(adapted(images), tuned(images))
+    back = case("conv").make()
+    import_delta(tmp_path, base=base).apply(back)
+    assert bits(back) == bits(tuned)
 
 
 def test_tied_weights_and_deltas_of_heads_alone_are_refused(tmp_path: Path) -> None:
@@ -461,6 +480,35 @@ def test_tensors_may_bring_a_new_head_and_differences_may_not(tmp_path: Path) ->
         export_delta(delta, "dense", tmp_path / "d.safetensors", base=bert())
     export_delta(delta, "tensors", tmp_path / "d.safetensors", base=bert())
     assert torch.equal(load_file(tmp_path / "d.safetensors")["new.weight"], torch.ones(3, 2))
+
+
+class Scaled(nn.Module):
+    """A parameter without dimensions, and tied matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+
+@pytest.mark.parametrize("to", ["composable", "dense", "tensors"])
+def test_scalars_and_other_names_of_tied_parameters(to: Any, tmp_path: Path) -> None:
+    base = Scaled()
+    shapes = {"scale": torch.Size([]), "second.weight": (4, 4), "first.bias": (4,), "second.bias": (4,)}
+    mask = Mask.from_indices({"scale": [0], "second.weight": [3, 5]}, shapes)
+    hashes = {name: fishmask.fingerprint.tensor_hash(base.get_parameter(name)) for name in [*shapes][1:]}
+    delta = Delta(mask, {"scale": torch.tensor([3.0]), "second.weight": torch.ones(2)}, base=hashes)
+    tuned = Scaled()
+    delta.apply(tuned)
+    path = tmp_path if to == "composable" else tmp_path / "change.safetensors"
+    export_delta(delta, to, path, base=base)
+    back = import_delta(path, base=base)
+    assert {name: flat.tolist() for name, flat in back.mask.indices.items()} == {"scale": [0], "first.weight": [3, 5]}
+    model = Scaled()
+    back.apply(model)
+    assert bits(model) == bits(tuned)
 
 
 # --- merged models ----------------------------------------------------------------------------------------------------

@@ -94,6 +94,12 @@ def canonical(delta: Delta, base: Weights) -> dict[str, tuple[Tensor, Tensor]]:
     return {base.aliases.get(name, name): (flat, delta.values[name]) for name, flat in delta.mask.indices.items()}
 
 
+def shapes_of(delta: Delta, base: Weights) -> dict[str, torch.Size]:
+    """Return the shapes of a delta's parameters and buffers by the canonical names of its base."""
+    shapes = {base.aliases.get(name, name): shape for name, shape in delta.mask.shapes.items()}
+    return shapes | {name: buffer.shape for name, buffer in delta.buffers.items()}
+
+
 def difference(base: Weights, name: str, indices: Tensor, values: Tensor, add: Add = add_wide) -> Difference:
     """Return what has to be added to the base to get a delta's values.
 
@@ -166,10 +172,10 @@ def assembled(
 
 def whole_tensors(delta: Delta, base: Weights) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors that a delta replaces: those it takes whole, and its buffers."""
+    shapes = shapes_of(delta, base)
     for name, (flat, values) in canonical(delta, base).items():
-        shape = delta.mask.shapes.get(name) or base.headers[name].shape
-        if len(flat) == shape.numel():
-            yield name, values.view(shape)
+        if len(flat) == shapes[name].numel():
+            yield name, values.view(shapes[name])
     yield from delta.buffers.items()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fishmask.additive import Exported, add_wide, canonical, check_fits, difference
+from fishmask.additive import Exported, add_wide, canonical, check_fits, difference, shapes_of
 from fishmask.between import compare
 from fishmask.container import dtype_name
 from fishmask.delta import Delta
@@ -40,15 +40,16 @@ class Merged(Weights):
         self._entries |= {n: (torch.arange(b.numel()), b.reshape(-1)) for n, b in delta.buffers.items()}
         self.headers, self.buffers, self.aliases = dict(base.headers), base.buffers, base.aliases
         self.new = [name for name in self._entries if name not in base.headers]
+        shapes = shapes_of(delta, base)
         for name, (flat, values) in self._entries.items():
-            shape = delta.mask.shapes[name] if name in delta.mask.shapes else delta.buffers[name].shape
+            shape = shapes[name]
             own = self.headers.get(name)
             if (own is None or own.shape != shape) and len(flat) == shape.numel():  # another head
                 self.headers[name] = Header(own.dtype if own else values.dtype, shape)
         self._copies = {
             name: twin
             for name in base.headers
-            if name not in delta.mask.shapes
+            if name not in shapes
             for twin in self._entries
             if twin in base.headers and is_twin(base, name, [twin])
         }

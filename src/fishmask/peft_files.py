@@ -9,6 +9,7 @@ Source: peft 0.21.2, ``tuners/shira`` and ``tuners/supertuning``.
 import json
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,9 +197,11 @@ def export_peft(delta: Delta, model: nn.Module, folder: Path, kind: Kind, *, pad
     """
     base = Held(model, f"the {type(model).__name__}")
     layers, whole = _sorted(delta, model, base, kind, pad)
-    level, dense = _planned(layers, kind, pad)
+    level, dense = _planned(layers, kind, pad) if layers else (0.0, [])
     whole = _with_namesakes(model, [*whole, *dense], pad)
     layers = {path: layer for path, layer in layers.items() if path not in whole}
+    if not layers:
+        raise FishError(f"{kind.name} needs at least one nn.Linear layer of which the delta has a part of the weight")
     tensors: dict[str, Tensor] = {}
     padded = inexact = 0
     for path, layer in layers.items():
@@ -238,7 +241,7 @@ def export_peft(delta: Delta, model: nn.Module, folder: Path, kind: Kind, *, pad
 def _sorted(delta: Delta, model: nn.Module, base: Weights, kind: Kind, pad: bool) -> tuple[dict[str, Layer], list[str]]:
     """Tell the layers that entries are added to from the modules that are stored whole."""
     names = aliases(model)
-    shared = {name for name in names.values() if list(names.values()).count(name) > 1}
+    shared = {name for name, count in Counter(names.values()).items() if count > 1}
     groups: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for name, entries in canonical(delta, base).items():
         groups.setdefault(name.rpartition(".")[0], {})[name] = entries
@@ -266,8 +269,6 @@ def _sorted(delta: Delta, model: nn.Module, base: Weights, kind: Kind, pad: bool
             f"{kind.name} holds some entries of the weights of nn.Linear layers, and modules whole; these do not fit:"
             f"\n  {listed}" + ("" if pad else ";\npad=True stores modules whole of which the delta has a part")
         )
-    if not layers:
-        raise FishError(f"{kind.name} needs at least one nn.Linear layer of which the delta has a part of the weight")
     return layers, whole
 
 
