@@ -126,7 +126,7 @@ class Adapters:
         try:
             yield
         finally:
-            self._put(inside)
+            self._put_back(inside)
 
     @contextmanager
     def _with(self, name: str) -> Iterator[None]:
@@ -137,7 +137,15 @@ class Adapters:
         try:
             yield
         finally:
-            self._put(inside)
+            self._put_back(inside)
+
+    def _put_back(self, name: str | None) -> None:
+        """Put in again what was taken out; what interrupts this comes through once it is done."""
+        try:
+            self._put(name)
+        except BaseException:
+            self._put(name)
+            raise
 
     def _put(self, name: str | None) -> None:
         """Put an adapter, or none, into the model in place of the one there; or leave that one there."""
@@ -166,7 +174,12 @@ class Adapters:
         if tuning is None:
             self._switch.use(name)
         else:
-            tuning.resume()
+            try:
+                tuning.resume()
+            except BaseException:
+                if not tuning.suspended:  # it came half way
+                    tuning.suspend()
+                raise
         self._inside = name
 
     # --- they come and go ---------------------------------------------------------------------------------------------
@@ -248,7 +261,7 @@ class Adapters:
                     if tuning is not None:
                         tuning.rebase()
                 self._switch.rebase()
-            self._put(inside)
+            self._put_back(inside)
 
     def _attached(self, mask: Mask, delta: Delta | None = None) -> Tuning:
         """Return a suspended tuning of the base, with the values of a delta if one is given."""

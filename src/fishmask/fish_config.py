@@ -14,7 +14,8 @@ from fishmask.errors import FishError
 from fishmask.fisher import Method, scores
 from fishmask.hub import CONFIG_FILE
 from fishmask.mask import Mask
-from fishmask.params import canonical_parameters, matching
+from fishmask.params import matching
+from fishmask.quantized import weights
 
 try:
     from peft import PeftConfig
@@ -91,7 +92,7 @@ class FishConfig(PeftConfig):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as they are written to files."""
-        return super().to_dict() | {"peft_type": _PEFT_TYPE_IN_FILES}
+        return {**super().to_dict(), "peft_type": _PEFT_TYPE_IN_FILES}
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -152,7 +153,7 @@ class FishConfig(PeftConfig):  # type: ignore[misc]
         """Return the patterns of the parameters of ``model`` to train whole."""
         if self.keep is not None:
             return list(self.keep)
-        names = list(canonical_parameters(model))
+        names = list(weights(model))
         heads = _HEADS.get(str(getattr(self.task_type, "value", self.task_type)), ())
         return [head for head in heads if any(head in name.split(".") for name in names)]
 
@@ -181,8 +182,8 @@ class FishConfig(PeftConfig):  # type: ignore[misc]
                 f"score={self.score!r} is computed on examples: pass batches, for instance "
                 "get_fish_model(model, config, batches); 'random' and 'magnitude' need none"
             )
-        matching(canonical_parameters(model), keep, "keep")  # before the scoring, which takes long
-        matching(canonical_parameters(model), exclude, "exclude")
+        matching(weights(model), keep, "keep")  # before the scoring, which takes long
+        matching(weights(model), exclude, "exclude")
         found = scores(
             model,
             batches,

@@ -25,7 +25,7 @@ from fishmask.fish_state import ReplicaCheck, hook_state
 from fishmask.hub import ADAPTER_FILE, adapter_folder, delta_in
 from fishmask.live import tuning_of
 from fishmask.mask import Mask
-from fishmask.params import canonical_parameters
+from fishmask.quantized import weights
 from fishmask.status import layer_status, model_status
 from fishmask.value_tree import ValueTree
 
@@ -108,7 +108,8 @@ class FishModel(PeftModel):  # type: ignore[misc]
     of this module (``values.<adapter>.<name of the parameter>``) and the only ones that require gradients, but for
     those on the general path. ``state_dict`` holds the values and the base's buffers, and no weight of the base.
 
-    Whatever a method raises, the model and its adapters are as they were before the call.
+    Whatever a method raises, the model and its adapters are as they were before the call; or as after it, where it is
+    interrupted while it puts the active adapter back.
 
     Args:
         model: The base; or a model that is attached already, whose tuning becomes the first adapter.
@@ -220,7 +221,7 @@ class FishModel(PeftModel):  # type: ignore[misc]
     @override
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return how many entries are trained, and how many the base has."""
-        total = sum(p.numel() for p in canonical_parameters(self.get_base_model()).values())
+        total = sum(p.numel() for p in weights(self.get_base_model()).values())
         return (0 if self.tuning is None else self.tuning.mask.k), total
 
     @override
@@ -380,9 +381,13 @@ class FishModel(PeftModel):  # type: ignore[misc]
         folder = adapter_folder(model_id, **download)
         config = FishConfig.of_folder(folder)
         config.inference_mode = not is_trainable
-        self._adapters.take(adapter_name, Delta.load(delta_in(folder)), trained=is_trainable, check_base=check_base)
-        self._describe(adapter_name, self._configs.get(adapter_name, config))
-        self.mirror()
+        delta = Delta.load(delta_in(folder))
+        try:
+            self._adapters.take(adapter_name, delta, trained=is_trainable, check_base=check_base)
+        finally:
+            if adapter_name in self._adapters:
+                self._describe(adapter_name, self._configs.get(adapter_name, config))
+            self.mirror()
         if not is_trainable:
             self.eval()
         return nn.modules.module._IncompatibleKeys([], [])
@@ -445,8 +450,11 @@ class FishModel(PeftModel):  # type: ignore[misc]
             raise ValueError(f"deltas are combined by combination_type='linear', got {combination_type!r}")
         self._check_new(adapter_name)
         combined = self._combined(adapters, weights, overlap)
-        self._adapters.take(adapter_name, combined, trained=False, check_base=False)
-        self._describe(adapter_name, self._configs[adapters[0]].replaced(inference_mode=True))
+        try:
+            self._adapters.take(adapter_name, combined, trained=False, check_base=False)
+        finally:
+            if adapter_name in self._adapters:
+                self._describe(adapter_name, self._configs[adapters[0]].replaced(inference_mode=True))
 
     @override
     def set_adapter(self, adapter_name: str, inference_mode: bool | None = None) -> None:
@@ -476,10 +484,12 @@ class FishModel(PeftModel):  # type: ignore[misc]
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name in names:
             self._adapters.check(name)
-        for name in names:
-            self._adapters.set_trained(name, requires_grad)
-            self._describe(name, self._configs[name].replaced(inference_mode=not requires_grad))
-        self.mirror()
+        try:
+            for name in names:
+                self._adapters.set_trained(name, requires_grad)
+                self._describe(name, self._configs[name].replaced(inference_mode=not requires_grad))
+        finally:
+            self.mirror()
 
     def set_mask(self, mask: Mask, optimizer: Optimizer | None = None) -> None:
         """Train other entries of the active adapter from now on: ``Tuning.set_mask``.
@@ -630,6 +640,12 @@ class FishModel(PeftModel):  # type: ignore[misc]
         """Write a README.md about the active adapter into a folder, or update the part of it that is ours."""
         if self.active_adapter is not None:
             write_card(Path(output_dir), self.active_peft_config, self.mask(), self.get_base_model())
+
+    @override
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Put our part back into the card, which ``push_to_hub`` has written anew, and upload the folder."""
+        self.create_or_update_model_card(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
