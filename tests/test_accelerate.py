@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import fishmask
 from fishmask import FishError
 from tests.test_fish_trainer import made, rows, values_of, weights, wrapped
-from tests.test_trainer import differences
+from tests.test_trainer import blocks, differences
 
 
 @pytest.fixture(autouse=True)
@@ -159,3 +159,15 @@ def test_an_attached_model_alone_is_refused(tmp_path: Path) -> None:
     accelerator.backward(model(**{n: c[None] for n, c in rows("bert", 0, 1)[0].items()}).loss)
     with pytest.raises(FishError, match=r"nothing to train.*fishmask\.FishModel\(model\)"):
         optimizer.step()
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the code of the documentation."""
+    monkeypatch.chdir(tmp_path)
+    data = DataLoader(rows("bert", 0, 16), batch_size=4)  # type: ignore[arg-type]
+    net = made()
+    exec(blocks("accelerate"), {"torch": torch, "model": wrapped(net), "data": data})
+    fresh = made()
+    fishmask.load(fresh, tmp_path / "adapter")
+    assert not differences(weights(fresh), weights(net))
+    assert (tmp_path / "state" / "model.safetensors").is_file()

@@ -21,7 +21,8 @@ from fishmask import FishConfig, FishError, FishModel, Mask
 from tests.cases import case
 from tests.replicas import moved
 from tests.team import Team
-from tests.test_trainer import NewMask, Record, Stop, StopAt, differences, mask_of
+from tests.test_trainer import NewMask, Record, Stop, StopAt, blocks, differences, examples, mask_of
+from tests.test_trainer import model as model_of_words
 
 CONFIG = FishConfig(task_type="SEQ_CLS", density=0.1, score="random")
 FILES = {
@@ -393,6 +394,18 @@ def test_push_to_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "- fishmask" in (hub / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the code of the documentation."""
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {"base": model_of_words(vocabulary=2000), "data": examples(0, 20)}
+    quiet = '"run", report_to=[], use_cpu=True, disable_tqdm=True, max_steps=100,'
+    exec(blocks("Trainer").replace('"run",', quiet), given)
+    for folder in ("run/checkpoint-100", "adapter"):
+        fresh = model_of_words(vocabulary=2000)
+        fishmask.load(fresh, folder)
+        assert not differences(weights(fresh), weights(given["base"]))
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -404,7 +417,7 @@ def test_push_to_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"optim": "adamw_torch", "lr_scheduler_type": "cosine"},
         {"label_smoothing_factor": 0.1},
         {"neftune_noise_alpha": 5.0},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
         {"bf16_full_eval": True},
         {"max_grad_norm": 0.0},
     ],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import fishmask
 from fishmask import FishError, FishModel, Mask, Tuning, attach
 from fishmask.log import CheckpointLog
 from tests.test_trainer import Stop, blocks, differences
@@ -37,11 +38,15 @@ class Module(pl.LightningModule):
         torch.manual_seed(base)
         self.save_hyperparameters({"width": width, "activation": torch.relu})  # which a commit cannot hold
         self.rate = 0.05
-        self.net = nn.Sequential(
-            nn.Linear(4, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 1)
-        )
+        self.net: nn.Module = self.network(width)
         self.register_buffer("seen", torch.zeros(()))
         self.tuning: Tuning = attach(self.net, mask_of(self.net, density=density))
+
+    @staticmethod
+    def network(width: int = WIDTH) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Linear(4, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 1)
+        )
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         x, y = batch
@@ -465,14 +470,16 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = (
         "Trainer(accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs="
     )
+    data = rows(0, shuffle=False).dataset
     for epochs in (2, 5):
-        module = Module()
-        module.tuning.revert()
-        net, data = module.net, rows(0, shuffle=False).dataset
-        given: dict[str, Any] = {"__name__": "page", "net": net, "data": data, "mask": mask_of(net)}
-        exec(blocks("Lightning").replace("Trainer(max_epochs=3", f"{quiet}{epochs}"), given)
+        given: dict[str, Any] = {"__name__": "page", "net": Module.network(), "data": data}
+        exec(blocks("Commits with Lightning").replace("Trainer(max_epochs=3", f"{quiet}{epochs}"), given)
         assert given["trainer"].current_epoch == epochs
     assert given["trainer"].ckpt_path.endswith("last.ckpt")
+    given = {"__name__": "page", "net": Module.network(), "data": data, "fishmask": fishmask, "DataLoader": DataLoader}
+    exec(blocks("Lightning").replace("Trainer(max_epochs=3", f"{quiet}3"), given)
+    state = torch.load("run.ckpt", weights_only=True)["state_dict"]
+    assert not [name for name in state if name.startswith("net.base_model.") and name.endswith("weight")]
 
 
 def test_without_lightning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ import torch
 import transformers
 from transformers import BertForSequenceClassification, EarlyStoppingCallback, Trainer, TrainerCallback
 
-from fishmask import FishError, FishModel, Mask, attach, pointer
+import fishmask
+from fishmask import FishConfig, FishError, FishModel, Mask, attach, pointer
 from fishmask.live import tuning_of
 from fishmask.log import CheckpointLog
 from fishmask.trainer import CheckpointCallback
@@ -513,16 +514,17 @@ def test_one_after_the_other(tmp_path: Path) -> None:
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the code of the documentation twice, as a script that was stopped and started again."""
     monkeypatch.chdir(tmp_path)
-    code = blocks("transformers")
-    given: dict[str, Any] = {"model": model(), "data": examples(0, 40), "mask": mask_of(model())}
-    exec(code.replace('"run",', '"run", report_to=[], use_cpu=True, disable_tqdm=True, max_steps=200,'), given)
-    given["log"].close()
-    first = given["trainer"].state.global_step
-    assert folders_in(tmp_path / "run") == [100, 200]
-    given = {"model": model(), "data": examples(0, 40), "mask": None}  # not needed: the log has it
-    exec(code.replace('"run",', '"run", report_to=[], use_cpu=True, disable_tqdm=True, max_steps=300,'), given)
-    given["log"].close()
-    assert (first, given["trainer"].state.global_step) == (200, 300)
+    code = blocks("Commits with the Trainer")
+    quiet = '"run", report_to=[], use_cpu=True, disable_tqdm=True, max_steps='
+    reached = []
+    for steps in (200, 300):
+        config = FishConfig(density=0.03, score="random", seed=steps)  # not asked the second time: the log has the mask
+        given: dict[str, Any] = {"base": model(), "config": config, "data": examples(0, 40)}
+        exec(code.replace('"run",', f"{quiet}{steps},"), given)
+        given["log"].close()
+        assert given["model"].mask() == config.replaced(seed=200).choose(model())
+        reached.append((given["trainer"].state.global_step, folders_in(tmp_path / "run")))
+    assert reached == [(200, [100, 200]), (300, [100, 200, 300])]
 
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -539,6 +541,10 @@ def test_misuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args, data = run.trainer.args, examples(0, 4)
     with pytest.raises(FishError, match="not attached"):
         CheckpointCallback(Trainer(model(), args, train_dataset=data), tmp_path / "second")
+    resting = fishmask.get_fish_model(model(), FishConfig(density=0.03, score="random"))
+    resting.set_requires_grad("default", False)
+    with pytest.raises(FishError, match="active adapter is trainable"):
+        CheckpointCallback(Trainer(resting, args, train_dataset=data), tmp_path / "second")
     net = model()
     tuning = attach(net, mask_of(net))
     with pytest.raises(ValueError, match="optimizers="):

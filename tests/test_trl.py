@@ -14,7 +14,7 @@ import fishmask
 from fishmask import FishConfig, FishError, FishModel
 from tests.cases import LLAMA
 from tests.test_fish_trainer import checkpoints, logged, values, values_of, weights
-from tests.test_trainer import Stop, StopAt, differences
+from tests.test_trainer import Stop, StopAt, blocks, differences
 
 pytest.importorskip("trl")
 
@@ -160,3 +160,15 @@ def test_dpo_from_an_adapter_that_is_trained_already(tmp_path: Path) -> None:
     assert logged(run, "rewards/margins")[-1] > 0.01
     assert not differences(start, dict(model.delta("ref").values))
     assert differences(start, values(run))
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the code of the documentation."""
+    monkeypatch.chdir(tmp_path)
+    texts = Dataset.from_list([{"text": "the river is cold"}] * 8)
+    given: dict[str, Any] = {"fishmask": fishmask, "base": made(), "data": texts, "tokenizer": tokenizer()}
+    quiet = '"run", report_to="none", use_cpu=True, disable_tqdm=True, max_steps=2, bf16=False'
+    exec(blocks("TRL").replace('"run"', quiet), given)
+    fresh = made()
+    fishmask.load(fresh, tmp_path / "run" / "checkpoint-2")
+    assert not differences(weights(fresh), weights(given["base"]))
