@@ -266,10 +266,12 @@ def test_states_that_do_not_fit() -> None:
 
 
 def test_half_precision_keeps_the_digits_of_the_values() -> None:
-    """A load that brings no values leaves those that are there, though the weights are rounded."""
+    """A load that brings none, or is refused, leaves those that are there, though the weights are rounded."""
     model = moved(get_fish_model(CASES["bert"].make().bfloat16(), config()))
     before = model.tuning.values.clone()
-    model.load_state_dict(model.state_dict())
+    model.load_state_dict({}, strict=False)
+    with pytest.raises(FishError, match="of mask"):
+        model.load_state_dict(made("bert", seed=2).state_dict())
     assert torch.equal(model.tuning.values, before) and not torch.equal(before, before.bfloat16().float())
 
 

@@ -210,7 +210,9 @@ class Tuning:
                 entry.weight.requires_grad_(False)
                 if name in self._general:
                     self._generalise(name)
-            entry.values.copy_(take(entry.weight, entry.indices))
+            found = take(entry.weight, entry.indices)
+            # Where the weight is what the value has written, the value keeps the digits that the weight lacks.
+            entry.values.copy_(torch.where(found == entry.values.to(found.dtype), entry.values, found.float()))
         self._written = self._version()
 
     @property
