@@ -21,6 +21,7 @@ from fishmask.quantized import QuantizedWeight, weights
 from fishmask.side import side_of
 from tests.quantized import KINDS, QUANTIZED, Net, batch, dequantized_twin, numbers_of, plain, quantized
 from tests.test_attach import clustered
+from tests.tiny import model_folder
 
 INSIDE = pytest.mark.parametrize("kind", KINDS)
 
@@ -457,7 +458,8 @@ def test_evaluating_on_the_cpu_does_not_repack_the_base(masked: str) -> None:
     out, values = output(model), tuning.values.clone()
     assert torch.allclose(output(model.eval()), out, atol=1e-5)
     train(model.train(), sgd(tuning.parameters()), 1)
-    assert not any(torch.equal(*pair) for pair in zip(tuning.values.split([100, 500]), values.split([100, 500])))
+    for now, before in zip(tuning.values.split([500, 100]), values.split([500, 100]), strict=True):
+        assert not torch.equal(now, before)
     tuning.revert()
     assert torch.equal(output(model.train()), output(quantized("nf4").train()))
 
@@ -480,6 +482,110 @@ def test_biases_have_the_dtype_that_bitsandbytes_computes_in_from_the_start() ->
     tuning = trained(model.train())
     assert model.up.bias.dtype == torch.bfloat16
     tuning.revert()  # would be refused if a forward had converted it
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bnb int8", "int8"])
+def test_switch(kind: str) -> None:
+    model = quantized(kind).train()
+    base, outs, switch = output(model), {}, None
+    deltas = {}
+    for seed, name in enumerate("ab"):
+        tuning = trained(model, mask_of(model, 0.1, seed))
+        outs[name], deltas[name] = output(model), tuning.delta()
+        tuning.revert()
+    switch = fishmask.Switch(model)
+    for name, delta in deltas.items():
+        switch.add(name, delta)
+    for name in "abba":
+        switch.use(name)
+        torch.testing.assert_close(output(model), outs[name], rtol=1e-6, atol=1e-6)
+        switch.use(None)
+        assert torch.equal(output(model), base)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bnb int8", "int8"])
+def test_adapters(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = quantized(kind).train()
+    base = output(model)
+    config = fishmask.FishConfig(density=0.05, score="random")
+    fish = fishmask.get_fish_model(model, config)
+    assert fish.get_nb_trainable_parameters() == (fish.mask().k, sum(p.numel() for p in plain().parameters()))
+    assert not [key for key in fish.state_dict() if not key.startswith("values.")]
+    train(fish, sgd(p for p in fish.parameters() if p.requires_grad), 3)
+    out = output(fish)
+    with fish.disable_adapter():
+        assert torch.equal(output(fish), base)
+    assert torch.equal(output(fish), out)
+    fish.save_pretrained(tmp_path)
+    fish.add_adapter("other", config.replaced(seed=1))
+    fish.set_adapter("other")
+    assert torch.equal(output(fish), base)
+    fish.set_adapter("default")
+    assert torch.equal(output(fish), out)
+    fish.unload()
+    assert torch.equal(output(model), base)
+    again = fishmask.FishModel.from_pretrained(model, tmp_path)  # frozen
+    torch.testing.assert_close(output(again.train()), out, rtol=1e-6, atol=1e-6)
+    assert torch.equal(output(again.merge_and_unload().train()), output(model))
+
+
+QUANTIZERS: dict[str, Callable[[], Any]] = {
+    "4 bits": lambda: _transformers().BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["classifier"]),
+    "8 bits": lambda: _transformers().BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["classifier"]),
+    "torchao": lambda: _transformers().TorchAoConfig(_torchao().Int8WeightOnlyConfig()),
+}
+
+
+def _transformers() -> Any:
+    pytest.importorskip("bitsandbytes")
+    return pytest.importorskip("transformers")
+
+
+def _torchao() -> Any:
+    return pytest.importorskip("torchao.quantization")
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*Int8Params.*:UserWarning")
+def test_trainer(kind: str, tmp_path: Path) -> None:
+    hub = _transformers()
+    pytest.importorskip("peft")
+
+    def loaded() -> Any:
+        return hub.AutoModelForSequenceClassification.from_pretrained(
+            folder, quantization_config=QUANTIZERS[kind](), num_labels=3, dtype=torch.float32
+        )
+
+    folder = model_folder(tmp_path / "model")
+    whole = hub.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    whole.save_pretrained(folder)  # with a head
+    model = loaded()
+    assert sum(isinstance(weight, QuantizedWeight) for weight in weights(model).values()) >= 12
+    config = fishmask.FishConfig(task_type="SEQ_CLS", density=0.05, score="random", among="layers")
+    fish = fishmask.get_fish_model(model, config)
+    assert fish.mask() == config.choose(whole)
+    rows = [{"input_ids": [5 + i % 7, 6, 7 + i % 3], "labels": i % 3} for i in range(16)]
+    arguments = hub.TrainingArguments(
+        str(tmp_path / "out"), max_steps=6, save_steps=3, per_device_train_batch_size=4, learning_rate=1e-2,
+        report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no",
+    )  # fmt: skip
+    trainer = hub.Trainer(fish, arguments, train_dataset=rows)
+    trainer.train()
+    deltas = sorted(path.name for path in (tmp_path / "out" / "checkpoint-6").glob("*.safetensors"))
+    assert deltas == ["adapter_model.safetensors"]
+    # Training goes on from the checkpoint in the middle, on the model loaded anew, to the same values.
+    other = fishmask.get_fish_model(loaded(), config)
+    hub.Trainer(other, arguments, train_dataset=rows).train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-3"))
+    assert torch.equal(other.tuning.values, fish.tuning.values)
+    served, ids = loaded(), torch.tensor([[5, 6, 7]])
+    fishmask.load(served, tmp_path / "out" / "checkpoint-6")
+    with torch.no_grad():
+        outs = [m.train(False)(ids).logits for m in (fish, served)]
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
 
 
 # --- the product ------------------------------------------------------------------------------------------------------

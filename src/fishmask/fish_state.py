@@ -54,17 +54,10 @@ def _forgive_weights(model: Any, incompatible: Any) -> None:
 
 
 def _weights_in(model: Any, state: dict[str, Any], prefix: str) -> list[str]:
-    """Name the keys that belong to weights of the base; quantized ones have several."""
-    own, start = _names(model), f"{prefix}{_BASE}"
-    return [key for key in state if key.startswith(start) and _part_of(key.removeprefix(start), own)]
-
-
-def _part_of(key: str, names: set[str]) -> bool:
-    while key:
-        if key in names:
-            return True
-        key = key.rpartition(".")[0]
-    return False
+    """Name the keys that belong to weights of the base: all but its buffers'; quantized weights have several."""
+    kept, start = {name for name, _ in model.get_base_model().named_buffers(remove_duplicate=False)}, prefix + _BASE
+    own = {key: key.removeprefix(start) for key in state if key.startswith(start)}
+    return [key for key, name in own.items() if name not in kept and not name.endswith("_extra_state")]
 
 
 def _names(model: Any) -> set[str]:

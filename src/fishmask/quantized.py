@@ -79,6 +79,10 @@ class QuantizedWeight:
             self.parameter.requires_grad_(required)
         return self
 
+    def dim(self) -> int:
+        """Return the number of dimensions."""
+        return len(self.shape)
+
     def numel(self) -> int:
         """Return the number of entries."""
         return self.shape.numel()
