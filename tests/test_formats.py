@@ -700,6 +700,12 @@ def test_the_merged_model_of_the_command_line_is_what_apply_writes(place: Path, 
     assert "OLD=NEW" in answer("delta", "between", place / "model", tmp_path / "merged", "--rename", "x", code=2)
 
 
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_the_commands_explain_themselves_with_an_example(command: str) -> None:
+    text = " ".join(CliRunner().invoke(app, ["delta", command, "--help"]).stdout.split())
+    assert f"Example: fishmask delta {command}" in text
+
+
 DOCS = Path(__file__).parents[1] / "docs" / "formats.md"
 
 
