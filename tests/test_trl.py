@@ -147,6 +147,13 @@ def test_dpo(tmp_path: Path) -> None:
         assert not differences(base, weights(net))
 
 
+def test_dpo_with_an_adapter_as_the_reference_is_not_silently_wrong(tmp_path: Path) -> None:
+    """TRL switches adapters between forward and backward, which needs weights that are still there."""
+    run = preferring(tmp_path, wrapped())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run.train()
+
+
 def test_dpo_from_an_adapter_that_is_trained_already(tmp_path: Path) -> None:
     """The reference is that adapter as it was: its probabilities are computed once, before the training."""
     tuned(tmp_path / "first", first := wrapped()).train()

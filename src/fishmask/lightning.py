@@ -47,7 +47,7 @@ class CheckpointCallback(Callback):  # type: ignore[misc]
 
     Example::
 
-        module.tuning = fishmask.attach(module.net, mask)  # configure_optimizers gives tuning.parameters()
+        module.net = fishmask.get_fish_model(net, config)  # or attach(net, mask), and an optimizer of its parameters
         trainer = Trainer(callbacks=[CheckpointCallback("run/log"), ModelCheckpoint("run", save_last=True)])
         trainer.fit(module, data, ckpt_path="last")
     """

@@ -37,16 +37,16 @@ _STATE = "trainer_state.json"
 
 
 class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
-    """Make every checkpoint of a Trainer a commit of a log, and have the Trainer train an attached model rightly.
+    """Make every checkpoint of a Trainer a commit of a log.
 
-    No event of a callback comes at the moment of a save or a load, so this one also stands in for the Trainer's own
-    methods that save and load a checkpoint, on this one object; subclasses of Trainer keep their other methods. It
-    clips and clears the gradients of the values as well: a Trainer does that for the parameters of its model, to which
-    the values do not belong.
+    No event of a callback comes at the moment of a save or a load, so this one stands in for the Trainer's own methods
+    that save and load a checkpoint, on this one object; subclasses of Trainer keep their other methods. Of an attached
+    model without a ``FishModel`` around it, it clips and clears the gradients of the values as well: a Trainer does
+    that for the parameters of its model, to which they do not belong then.
 
     Args:
-        trainer: A Trainer of an attached model, with an optimizer of the values: ``optimizers=(optimizer, None)``. The
-            callback adds itself to it.
+        trainer: A Trainer of a ``FishModel`` whose active adapter is trainable; or of an attached model, with an
+            optimizer of the values: ``optimizers=(optimizer, None)``. The callback adds itself to it.
         log: The log, or its folder.
 
     Attributes:
@@ -59,9 +59,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
 
     Example::
 
-        tuning = fishmask.attach(model, mask)
-        optimizer = torch.optim.AdamW(tuning.parameters(), lr=1e-3)
-        trainer = Trainer(model, args, train_dataset=data, optimizers=(optimizer, None))
+        trainer = Trainer(fishmask.get_fish_model(model, config), args, train_dataset=data)
         CheckpointCallback(trainer, "run/log")
         trainer.train(resume_from_checkpoint=True)
     """
