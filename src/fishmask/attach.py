@@ -96,6 +96,8 @@ class Tuning:
         self._shards = Shards.of(model)
         parameters = weights(model)
         mask = self.mask = self._agreed(mask, model)
+        if self._shards is not None and any(isinstance(p, QuantizedWeight) for p in parameters.values()):
+            raise FishError("a quantized model sharded by FSDP2 cannot be trained: use DDP, or load it unquantized")
         if faults := untrainable(model):
             raise FishError("this quantized model cannot be trained:\n  " + ";\n  ".join(faults))
         settle(model)
