@@ -1,6 +1,6 @@
 """Many tasks from one model, side by side: this package's Switch, PEFT's adapters, and whole state dicts.
 
-    python -m benchmarks.switch [--rounds 5] [--models minilm large] [--output results/switch.jsonl]
+    python -m benchmarks.switch [--rounds 3] [--models minilm large] [--output results/switch.jsonl]
 
 The models are MiniLM and a BERT of the size of BERT-large (350M entries, random weights), in float32 and in eval mode.
 Each method gets two adapters as files: two random masks of 0.5 % with the head; LoRA r=8 on all linear layers; PEFT's
@@ -29,9 +29,10 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
@@ -45,13 +46,12 @@ from typing_extensions import override
 import fishmask
 from benchmarks.checkpoints import make_model, size_of
 from benchmarks.step import make_batch
-from fishmask.fingerprint import raw_bits
+from fishmask.fingerprint import fingerprint, raw_bits
 from fishmask.measure import environment
 
 DENSITY = 0.005
 NAMES = ("a", "b")
-SWAPS = 10  # of each kind in a round: they are quick
-FORWARDS = 5
+MOST, PATIENCE = 10, 1.0  # how often something is repeated in a round, and the seconds after which it is not again
 OURS, ONE_MASK = "Switch", "Switch, deltas of one mask"
 LORA, MERGED, WHOLE = "LoRA r=8", "LoRA r=8, merged", "whole state dict"
 GOALS = {"slower forward": 0.02}  # than the base's
@@ -61,6 +61,16 @@ def twin(model: nn.Module, weights: nn.Module | None = None) -> nn.Module:
     """Copy a model; with the weights of another one, which are not copied, where nobody writes to them."""
     shared = {} if weights is None else {id(p): p for p in weights.parameters()}
     return copy.deepcopy(model, dict(shared))
+
+
+_hashed: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
+
+
+def hashes(base: nn.Module, mask: fishmask.Mask) -> dict[str, str]:
+    """Hash a base once for all masks, which take the same parameters whole."""
+    if base not in _hashed:
+        _hashed[base] = fingerprint(base.named_parameters(), mask)
+    return _hashed[base]
 
 
 def tuned_values(model: nn.Module, mask: fishmask.Mask, seed: int) -> dict[str, Tensor]:
@@ -120,8 +130,8 @@ class Ours(Contender):
         for name, seed in zip(NAMES, self.seeds, strict=True):
             mask = fishmask.Mask.random(base, DENSITY, seed=seed, keep="classifier")
             self.entries = mask.k
-            fingerprint = fishmask.fingerprint.fingerprint(base.named_parameters(), mask)
-            fishmask.Delta(mask, tuned_values(base, mask, ord(name)), base=fingerprint).save(self.path(name))
+            values = tuned_values(base, mask, ord(name))
+            fishmask.Delta(mask, values, base=hashes(base, mask)).save(self.path(name))
 
     @override
     def load(self, name: str) -> None:
@@ -356,29 +366,37 @@ def measure_once(contender: Contender, batch: dict[str, Tensor], took: defaultdi
         took["trusted"].append(seconds(contender.trusted, second))
     else:
         contender.load(second)
-    for _ in range(SWAPS):
+    for _ in repeats():
         took["switch"] += [seconds(contender.use, first), seconds(contender.use, second)]
     with torch.inference_mode():
         contender.model(**batch)
-        for _ in range(FORWARDS):
+        for _ in repeats():
             took["forward"].append(seconds(lambda: contender.model(**batch)))
-    for _ in range(SWAPS):
+    for _ in repeats():
         took["back"].append(seconds(contender.back))
         contender.use(first)
     if isinstance(contender, Ours):
         with contender.switch.using(first):  # the first of all sets things up
             pass
-        for _ in range(SWAPS):
+        for _ in repeats():
             took["using"].append(seconds(_nothing, contender.switch))
-        contender.switch.use(first)
-    contender.back()
-    with torch.inference_mode():
-        for _ in range(FORWARDS):
-            took["base_forward"].append(seconds(lambda: contender.model(**batch)))
+        contender.switch.use(None)
+        with torch.inference_mode():
+            for _ in repeats():
+                took["base_forward"].append(seconds(lambda: contender.model(**batch)))
     took["memory"] = [contender.memory()]
     for name in NAMES:
         contender.use(name)
         contender.drop(name)
+
+
+def repeats() -> Iterator[int]:
+    """Count until there are enough measurements, or no time for more."""
+    begin = time.perf_counter()
+    for turn in range(MOST):
+        yield turn
+        if time.perf_counter() - begin > PATIENCE:
+            return
 
 
 def _nothing(switch: fishmask.Switch) -> None:
@@ -480,7 +498,7 @@ def _verdict(reached: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="after one to warm up")
+    parser.add_argument("--rounds", type=int, default=3, help="after one to warm up")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--models", nargs="+", choices=("tiny", "minilm", "large"), default=["minilm", "large"], help="tiny is a check"

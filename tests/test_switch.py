@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import copy
+import ctypes
 import gc
 import json
 import os
@@ -192,7 +193,7 @@ def test_weights_made_under_inference_mode() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_weights(kind: str) -> None:
     """Entries act beside them; a switch takes them out again, and a combination is that of the dequantized numbers."""
-    model = plain()
+    model = plain().eval()
     KINDS[kind](model, QUANTIZED)
     mask = Mask.random(weights(model), 0.1, seed=0)
     x = torch.arange(12).view(3, 4)
@@ -218,6 +219,13 @@ def test_quantized_weights(kind: str) -> None:
         assert torch.equal(model(x), mixed)
         both.revert(model)
         assert torch.equal(model(x), base)
+        fresh = plain().eval()
+        KINDS[kind](fresh, QUANTIZED)
+        other = Switch(fresh)
+        other.add("a", switch.delta("a"))
+        assert torch.equal(fresh(x), base)
+        other.use("a")
+        assert torch.equal(fresh(x), outputs["a"])
 
 
 # --- combinations -----------------------------------------------------------------------------------------------------
@@ -271,6 +279,13 @@ def test_a_combination_of_a_name_that_was_given_away_is_not_used() -> None:
     switch.delta("a").apply(expected)
     switch.delta("b").apply(expected)
     assert bits(model) == bits(expected)
+    stale = dict(switch._combined)  # as another thread may have put it there just now
+    switch.use(None)
+    switch.remove("b")
+    switch.add("b", Delta.between(tuned[None], tuned["b"]))
+    switch._combined.update(stale)
+    switch.use(["a", "b"])
+    assert bits(model) != bits(expected)
 
 
 def test_combinations_that_make_no_sense() -> None:
@@ -477,6 +492,7 @@ def test_release_leaves_what_is_in_use_and_lets_go_of_the_model() -> None:
         pass
     switch.use("a")
     switch.release()
+    Switch(model).add("free", Delta.between(tuned["a"], tuned["b"]))
     assert (switch.names, switch.active, bits(model)) == ((), None, bits(tuned["a"]))
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
@@ -758,6 +774,42 @@ def test_a_change_that_fails_lets_the_next_one_go_on() -> None:
     assert bits(model) == bits(tuned[None])
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_that_is_interrupted_in_the_queue_holds_nobody_up(place: int) -> None:
+    switch, _ = switched(case("mlp").make(), "a", "b", "c")
+    entered, started, finish = [], threading.Event(), threading.Event()
+    threads: list[int] = []
+
+    def first() -> None:
+        with switch.using("a"):
+            started.set()
+            finish.wait(30)
+
+    def request(name: str) -> None:
+        threads.append(threading.get_ident())
+        try:
+            with switch.using(name):
+                entered.append(name)
+        except InterruptedError:
+            entered.append("interrupted")
+
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(first)]
+        started.wait(30)
+        for waiting, name in enumerate(("b", "b", "c")):
+            futures.append(pool.submit(request, name))
+            while len(switch._turns._queue) <= waiting:
+                time.sleep(0.001)
+        # It reaches the thread once that wakes up: at the head of the queue, or let in by the head.
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threads[place]), ctypes.py_object(InterruptedError))
+        finish.set()
+        for future in futures:
+            future.result(30)
+    assert sorted(entered) == ["b", "c", "interrupted"]
+    assert not switch._turns._holders
+    assert not switch._turns._queue
+
+
 def test_generate_is_one_request() -> None:
     model = case("gpt2").make()
     switch, tuned = switched(model, "a", "b", density=0.5)
@@ -829,12 +881,17 @@ without_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="induc
         pytest.param("module", "inductor", marks=without_compiler),
     ],
 )
-def test_a_compiled_model_is_compiled_once(kind: str, backend: str) -> None:
+@pytest.mark.parametrize("served_before", [False, True], ids=["served later", "served before"])
+def test_a_compiled_model_is_compiled_once(kind: str, backend: str, served_before: bool) -> None:
     torch._dynamo.reset()
     counters.clear()
     model = case("mlp" if kind == "sequential" else "sequence").make()
     switch, tuned = switched(model, "a", "b")
     whole = Wrapper(model) if kind == "inner" else model
+    if served_before:  # its hooks are there when it is compiled
+        with switch.using("a"):
+            pass
+        switch.use(None)
     if kind == "in place":
         whole.compile(backend=backend, fullgraph=True)
         compiled: Callable[[Tensor], Tensor] = whole
