@@ -611,18 +611,20 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
 
 
 _PROBE = """
-import resource, sys
+import sys
 import fishmask
+from fishmask.measure import peak_memory_bytes
 fishmask.save_merged(sys.argv[1], fishmask.Delta.load(sys.argv[2]), sys.argv[1] + "/out")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory_bytes()
 fishmask.save_merged(sys.argv[3], fishmask.Delta.load(sys.argv[4]), sys.argv[3] + "/out")
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak_memory_bytes() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak before is not known elsewhere")
 def test_merging_takes_no_more_memory_for_a_larger_model(tmp_path: Path) -> None:
     arguments, size = [], 0
-    for name, rows in (("small", 2), ("large", 3 * 2**11)):
+    for name, rows in (("small", 2), ("large", 2**13)):
         base = {"w": torch.zeros(rows, 2**12), "v": torch.zeros(3)}
         (tmp_path / name).mkdir()
         save_file(base, tmp_path / name / "model.safetensors")

@@ -11,8 +11,8 @@ from torch import Tensor
 from fishmask.fingerprint import bytes_hash, raw_bits, raw_bytes, takes_whole
 from fishmask.mask import Mask, Patterns
 from fishmask.params import matching
-from fishmask.select import CHUNK, Keys, budget, collect, threshold
-from fishmask.weights import Source, View, Weights, is_twin, open_weights
+from fishmask.select import Keys, budget, collect, threshold
+from fishmask.weights import PIECE, Source, View, Weights, is_twin, open_weights
 
 if TYPE_CHECKING:
     from fishmask.delta import Delta
@@ -36,7 +36,7 @@ def between(
 ) -> "Delta":
     """Make the delta that turns one model into another: all entries that differ, or the k that differ most.
 
-    Files are read in pieces of four million entries; besides two pieces only the delta itself is held.
+    Files are read in pieces of a million entries; besides two pieces only the delta itself is held.
 
     Args:
         base: A model, a state dict, a file, a folder or a name on the hub (see ``fishmask.weights.open_weights``).
@@ -105,13 +105,13 @@ class Comparison:
 
     def pieces(self, name: str) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield where a piece begins, and the piece of the base and of the tuned model."""
-        for start in range(0, self.shapes[name].numel(), CHUNK):
+        for start in range(0, self.shapes[name].numel(), PIECE):
             yield start, *self.piece(name, start)
 
     def piece(self, name: str, start: int) -> tuple[Tensor, Tensor]:
         """Return a piece of the base and of the tuned model."""
         own, theirs = self._names[name]
-        stop = min(start + CHUNK, self.shapes[name].numel())
+        stop = min(start + PIECE, self.shapes[name].numel())
         return self._base.piece(str(own), start, stop), self._tuned.piece(theirs, start, stop)
 
     def _base_bytes(self, name: str) -> Iterator[memoryview]:
@@ -165,9 +165,13 @@ class Comparison:
 
     def _differing(self, name: str) -> Tensor:
         """Return the sorted indices of the entries that differ."""
-        return torch.cat(
-            [(raw_bits(base) != raw_bits(tuned)).nonzero().view(-1) + at for at, base, tuned in self.pieces(name)]
-        )
+        # One tensor for all: small ones that stay, made between large ones that go, would leave holes in memory.
+        found, count = torch.empty(self.changed[name], dtype=torch.int64), 0
+        for start, base, tuned in self.pieces(name):
+            here = (raw_bits(base) != raw_bits(tuned)).nonzero().view(-1)
+            torch.add(here, start, out=found[count : count + len(here)])
+            count += len(here)
+        return found
 
     def _largest(self, k: int) -> dict[str, Tensor]:
         """Choose the k entries that differ most; ties go to the first."""
@@ -189,7 +193,7 @@ class _Changes(Mapping[str, Tensor]):
         self.places = {
             f"{name}:{start}": (name, start)
             for name in names
-            for start in range(0, compared.shapes[name].numel(), CHUNK)
+            for start in range(0, compared.shapes[name].numel(), PIECE)
         }
 
     def __getitem__(self, key: str) -> Tensor:

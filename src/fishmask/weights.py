@@ -18,8 +18,8 @@ from fishmask.fingerprint import State, bytes_hash, place, raw_bits, raw_bytes
 from fishmask.hub import located
 from fishmask.params import aliases
 from fishmask.quantized import weights
-from fishmask.select import CHUNK
 
+PIECE = 1 << 20  # entries read at once: 4 MiB of float32
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LEGACY, _LEGACY_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model"]
@@ -56,10 +56,10 @@ class Weights(ABC):
         """Return the entries ``start`` to ``stop`` of a tensor laid out in a row, on the CPU; do not modify them."""
 
     def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Yield a tensor's entries in pieces of at most four million, each with the index of its first."""
+        """Yield a tensor's entries in pieces of at most a million, each with the index of its first."""
         size = self.headers[name].shape.numel()
-        for start in range(0, size, CHUNK):
-            yield start, self.piece(name, start, min(start + CHUNK, size))
+        for start in range(0, size, PIECE):
+            yield start, self.piece(name, start, min(start + PIECE, size))
 
     def read(self, name: str) -> Tensor:
         """Return a whole tensor on the CPU; do not modify it."""
@@ -68,14 +68,14 @@ class Weights(ABC):
 
     def take(self, name: str, indices: Tensor) -> Tensor:
         """Return the entries at sorted flat indices, on the CPU."""
-        parts = [torch.empty(0, dtype=self.headers[name].dtype)]
+        taken = torch.empty(len(indices), dtype=self.headers[name].dtype)
         size = self.headers[name].shape.numel()
         # Only the pieces that hold one of the indices are read.
-        for start in (torch.unique_consecutive(indices // CHUNK) * CHUNK).tolist():
-            stop = min(start + CHUNK, size)
+        for start in (torch.unique_consecutive(indices // PIECE) * PIECE).tolist():
+            stop = min(start + PIECE, size)
             first, last = torch.searchsorted(indices, torch.tensor([start, stop])).tolist()
-            parts.append(self.piece(name, start, stop)[indices[first:last] - start])
-        return torch.cat(parts)
+            taken[first:last] = self.piece(name, start, stop)[indices[first:last] - start]
+        return taken
 
     def hash(self, name: str) -> str:
         """Return what ``fingerprint.tensor_hash`` does."""
