@@ -1,6 +1,7 @@
 """A FishModel's inside: states, moves, files of the hub, and that whatever fails leaves everything as it was."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import fishmask
 from fishmask import Delta, FishConfig, FishError, FishModel, Mask, get_fish_model
 from fishmask.hub import located
+from tests.cases import BERT, hf
 from tests.dense import loss_of
 from tests.test_peft_conformance import CASES, bits, config, made, moved, out, same, trained, two
 
@@ -582,3 +584,34 @@ def test_a_delta_of_another_method_of_ours_is_an_adapter_too(tmp_path: Path) -> 
     Delta.between(base, tuned).save(tmp_path / "delta.safetensors")
     model = FishModel.from_pretrained(base, tmp_path)
     assert torch.equal(out(model, "mlp"), out(tuned, "mlp")) and model.mask().k == 1
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of PEFT itself
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """All code in docs/peft.md, from the top to the bottom."""
+    page = (Path(__file__).parent.parent / "docs" / "peft.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    batches = [CASES["bert"].batch(16, seed) for seed in range(16)]
+    trainings, evaluations = [], []
+
+    def train(model: nn.Module) -> None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer, before = torch.optim.SGD(parameters, lr=0.1), [p.detach().clone() for p in parameters]
+        for batch in batches[:2]:
+            loss_of(model.train(), batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trainings.append(any(not torch.equal(p, q) for p, q in zip(before, parameters, strict=True)))
+
+    wide = BERT | {"hidden_size": 64, "intermediate_size": 64, "num_labels": 3}  # the head is within 0.5 %
+    base = hf("BertForSequenceClassification", "BertConfig", **wide)
+    names = {"base": base, "batches": batches, "train": train, "evaluate": evaluations.append}
+    for block in blocks:
+        exec(compile(block, "docs/peft.md", "exec"), names)
+    assert len(blocks) == 6 and trainings == [True] * 4 and len(evaluations) == 2
+    assert sorted(path.name for path in (tmp_path / "adapters").iterdir()) == ["both", "mail", "news"]
+    assert capsys.readouterr().out.count("trainable params") == 2

@@ -12,8 +12,9 @@ import peft
 import pytest
 import torch
 import yaml
-from peft import PeftModel, get_base_model_state_dict
+from peft import PeftModel, get_base_model_state_dict, set_base_model_state_dict
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import fishmask
 from fishmask import FishConfig, FishError, FishModel, get_fish_model
@@ -548,18 +549,32 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv"])
-def test_a_compiled_model_switches_and_trains(name: str) -> None:
-    model = two(name)
-    compiled = torch.compile(model, backend="eager")
-    for adapter in ("default", "other", "default"):
+def test_a_compiled_model_switches(name: str) -> None:
+    """Frozen adapters are switched without a new compilation."""
+    model, counter = two(name), CompileCounter()
+    model.set_requires_grad(["default", "other"], False)
+    compiled, compilations = torch.compile(model, backend=counter), []
+    for adapter in ("default", "other", "default", "other"):
         model.set_adapter(adapter)
         assert torch.allclose(out(compiled, name), out(model, name), atol=1e-6)
-    compiled.train()
-    optimizer = torch.optim.SGD([p for p in compiled.parameters() if p.requires_grad], lr=0.1)
-    before = model.tuning.values.clone()
-    loss_of(compiled, CASES[name].batch(4, 0)).backward()
-    optimizer.step()
-    assert not torch.equal(model.tuning.values, before)
+        compilations.append(counter.frame_count)
+    assert compilations[0] > 0 and len(set(compilations)) == 1
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_a_compiled_model_trains(name: str) -> None:
+    model = made(name)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="eager")
+    for each, called in ((model, compiled), (twin, twin)):
+        optimizer = torch.optim.SGD([p for p in called.parameters() if p.requires_grad], lr=0.1)
+        for step in range(3):
+            loss_of(called.train(), CASES[name].batch(4, step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert each.active_adapter == "default"
+    assert torch.allclose(model.tuning.values, twin.tuning.values, atol=1e-5)
+    assert not torch.equal(model.tuning.values, made(name).tuning.values)
 
 
 # --- which parameters require gradients -------------------------------------------------------------------------------
@@ -650,6 +665,12 @@ def test_state_dict_of_the_base(name: str) -> None:
         found = {n: t.clone() for n, t in get_base_model_state_dict(model).items()}
     assert same(found, expected)
     assert not same(dict(get_base_model_state_dict(model)), expected)  # the active adapter is in the weights
+    set_base_model_state_dict(model, expected)
+    assert same(bits(base), expected)  # whose values are now the base's
+    assert all(
+        torch.equal(values, base.get_parameter(n).flatten()[model.mask().indices[n]])
+        for n, values in model.tuning.named_parameters()
+    )
 
 
 def test_pefts_own_loaders_say_what_to_use(tmp_path: Path) -> None:

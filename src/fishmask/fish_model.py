@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -17,7 +18,7 @@ from typing_extensions import override
 from fishmask.adapters import Adapters
 from fishmask.attach import Tuning
 from fishmask.card import write_card
-from fishmask.data_parallel import ignored_by_ddp
+from fishmask.data_parallel import ignored_by_ddp, under_ddp
 from fishmask.delta import Delta
 from fishmask.errors import FishError
 from fishmask.fish_config import PEFT_TYPE, FishConfig
@@ -249,8 +250,8 @@ class FishModel(PeftModel):  # type: ignore[misc]
             ValueError: ``adapter_names``, which mixes adapters within one batch, is given.
         """
         _refuse_mixed(adapter_names)
-        tuning = self.tuning
-        if tuning is not None:
+        # A compiled forward must not depend on which adapter is active, or each switch would compile it anew.
+        if (under_ddp() or not torch.compiler.is_compiling()) and (tuning := self.tuning) is not None:
             if not self._has_values_of(tuning):
                 self.mirror()
             self._check_replica(tuning)
