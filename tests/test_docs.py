@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from markdown.extensions.toc import slugify
 from safetensors.torch import load_file, save_file
 
 import fishmask
@@ -93,6 +94,19 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
         html = page.read_text(encoding="utf-8")
         assert html.count('class="doc doc-object') > 0 and len(html) > 20_000, page  # more than headings
         assert "<blockquote>" not in html, page  # which ">>>" becomes where it is not set as code
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for path in (ROOT / "README.md", ROOT / "examples" / "README.md"):
+        for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+            if "//" in target:
+                continue
+            file, _, anchor = target.partition("#")
+            page = path.parent / file if file else path
+            assert page.exists(), f"{path.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+                assert anchor in [slugify(heading, "-") for heading in headings], f"{path.name}: {target}"
 
 
 # --- code on the pages ------------------------------------------------------------------------------------------------
