@@ -1,6 +1,6 @@
 """Many tasks from one model, side by side: this package's Switch, PEFT's adapters, and whole state dicts.
 
-    python -m benchmarks.switch [--rounds 3] [--models minilm large] [--output results/switch.jsonl]
+    python -m benchmarks.switch [--rounds 2] [--models minilm large] [--output results/switch.jsonl]
 
 The models are MiniLM and a BERT of the size of BERT-large (350M entries, random weights), in float32 and in eval mode.
 Each method gets two adapters as files: two random masks of 0.5 % with the head; LoRA r=8 on all linear layers; PEFT's
@@ -365,7 +365,7 @@ def measure_once(contender: Contender, batch: dict[str, Tensor], took: defaultdi
     if isinstance(contender, Ours):
         took["trusted"].append(seconds(contender.trusted, second))
     else:
-        contender.load(second)
+        took["load"].append(seconds(contender.load, second))
     for _ in repeats():
         took["switch"] += [seconds(contender.use, first), seconds(contender.use, second)]
     with torch.inference_mode():
@@ -498,7 +498,7 @@ def _verdict(reached: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="after one to warm up")
+    parser.add_argument("--rounds", type=int, default=2, help="after one to warm up")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--models", nargs="+", choices=("tiny", "minilm", "large"), default=["minilm", "large"], help="tiny is a check"
