@@ -23,7 +23,20 @@ from tests.cases import case
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 # What stands on the pages of the reference besides the names of the package itself.
-MODULES = ("trainer", "lightning", "dcp", "elastic", "managed", "hub", "recipe", "train", "errors")
+MODULES = (
+    "trainer",
+    "lightning",
+    "dcp",
+    "elastic",
+    "managed",
+    "hub",
+    "recipe",
+    "train",
+    "sweep",
+    "methods",
+    "data",
+    "errors",
+)
 SETTINGS = {"no_proxy": "", "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}  # nobody is there
 SETTINGS |= {"NO_MKDOCS_2_WARNING": "1"}  # news of the theme
 
