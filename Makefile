@@ -38,11 +38,12 @@ format: $(STAMP) ## Format the code.
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## Compare scoring, one training step, checkpoints and exchanges with the alternatives.
+bench: $(STAMP) ## Compare scoring, one training step, checkpoints, exchanges and switches with the alternatives.
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scoring
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.checkpoints
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.exchange
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.switch
 
 docs: $(STAMP) ## Build the documentation's site into site/.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
