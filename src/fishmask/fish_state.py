@@ -89,6 +89,7 @@ class ReplicaCheck:
                 "another adapter or mask is active since this DistributedDataParallel was made, so it would not reduce "
                 "these values: make a new one after set_adapter() or set_mask()"
             )
+        tuning.reduced = True  # also after it was suspended for another adapter's sake
         refuse_unseen(tuning)
 
     def __deepcopy__(self, memo: Any) -> "ReplicaCheck":
