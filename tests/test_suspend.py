@@ -260,6 +260,14 @@ def test_copies_of_a_suspended_tuning_resume(copied: Any) -> None:
     assert_equal(state_of(twin.model), base)
 
 
+@pytest.mark.parametrize("data", [case("mlp"), case("torch-encoder")], ids=str)
+def test_forwards_inside_disabled_lead_to_no_value(data: Case) -> None:
+    tuning, _ = trained(data)
+    with tuning.disabled():
+        assert not loss_of(tuning.model, data.batch(4, 0)).requires_grad
+    assert loss_of(tuning.model, data.batch(4, 0)).requires_grad
+
+
 def test_an_exception_inside_disabled_leaves_training_as_it_was() -> None:
     tuning, optimizer = trained(case("torch-encoder"))
     after = state_of(tuning.model)
