@@ -5,9 +5,8 @@ vector of absolute values, the only thing that has gradients and optimizer state
 are written back into the weights, so that the model always is the trained model.
 """
 
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import ref
@@ -20,20 +19,19 @@ from torch.utils.hooks import RemovableHandle
 
 from fishmask.carry import carried, carry_optimizer, check_carriable, retire
 from fishmask.errors import FishError
+from fishmask.fitting import fit
 from fishmask.handshake import agree
 from fishmask.live import LIVE, TRAINERS, hook_optimizers, is_attached
 from fishmask.mask import Mask
 from fishmask.originals import Originals, Present
-from fishmask.params import aliases, put, take
-from fishmask.quantized import QuantizedWeight, foreign, packed, settle, untrainable, weights
+from fishmask.params import put, take
+from fishmask.quantized import QuantizedWeight, settle, untrainable, weights
 from fishmask.sharded import Part, Shards, is_sharded
-from fishmask.sites import DenseGradient, Entry, Hook, Site, hook_input_embeddings, site_for
-from fishmask.watch import Watch
+from fishmask.sites import Entry, Hook, hook_input_embeddings
+from fishmask.wiring import Wiring
 
 if TYPE_CHECKING:
     from fishmask.delta import Delta
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attach(model: nn.Module, mask: Mask) -> "Tuning":
@@ -119,18 +117,14 @@ class Tuning:
             self._let_go()
             raise
         for name, p in parameters.items():
-            p.requires_grad_(name in self._general)
+            p.requires_grad_(name in self.general)
 
     def _begin(self) -> None:
         """Set up what a copy must set up anew: hooks on the model, and the watch over its forward."""
-        self._general: dict[str, RemovableHandle] = {}  # parameters on the general path
-        self._sites: list[Site] = []
-        self._site_handles: list[RemovableHandle] = []
-        self._watch = Watch(self._found_elsewhere)
         self._paused = self._disabled = self._stepping = self.reduced = False
         self._counted: nn.Parameter | None = None  # one of the values, by which the optimizer is known that counts
         self._clearing: RemovableHandle | None = None
-        self._forwards = 0  # those with gradients since the mask was set
+        self._wiring: Wiring | None = None
         self._handles = [
             self.model.register_forward_pre_hook(Hook(self._before_forward), prepend=True),
             self.model.register_forward_hook(Hook(self._after_forward), always_call=True),
@@ -152,7 +146,7 @@ class Tuning:
     @property
     def general(self) -> tuple[str, ...]:
         """Names of the parameters whose gradient autograd makes whole, because their use is not known."""
-        return tuple(self._general)
+        return () if self._wiring is None else self._wiring.general
 
     @property
     def shards(self) -> Shards | None:
@@ -210,8 +204,8 @@ class Tuning:
             if parameters[name] is not entry.weight:  # load_state_dict(assign=True) brings a new parameter
                 entry.weight = parameters[name]
                 entry.weight.requires_grad_(False)
-                if name in self._general:
-                    self._generalise(name)
+                if self._wiring is not None and name in self.general:
+                    self._wiring.generalise(name)
             found = take(entry.weight, entry.indices)
             # Where the weight is what the value has written, the value keeps the digits that the weight lacks.
             entry.values.copy_(torch.where(found == entry.values.to(found.dtype), entry.values, found.float()))
@@ -248,7 +242,7 @@ class Tuning:
         """
         self._check_attached()
         parameters = self.settled_parameters()
-        mask = mask if mask.k == 0 else _fitting(mask, self.model, parameters)
+        mask = mask if mask.k == 0 else fit(mask, self.model, parameters)
         if both := (mask & self.mask).k:
             raise ValueError(f"{both} of these {mask.k} entries are in the mask, so they are trained here")
         for name, indices in mask.indices.items():
@@ -293,7 +287,7 @@ class Tuning:
         mask = self.check_mask(mask, optimizer)
         before = self._entries
         self.write_back()
-        self._unhook()
+        self._unwire()
         with torch.inference_mode(False):
             self._lay_out(mask)
         self.mask, self._adopted, self.reduced = mask, {}, False
@@ -355,9 +349,9 @@ class Tuning:
         self._away, self._attached = None, True
         with torch.inference_mode(False):
             self._begin()
-            self._hook()
+            self._wire()
         for name, p in weights(self.model).items():
-            p.requires_grad_(name in self._general)
+            p.requires_grad_(name in self.general)
         for values in self.parameters():
             values.requires_grad_(True)
         self.write_back()
@@ -404,7 +398,7 @@ class Tuning:
             yield
             return
         self._write_changes()
-        general = [self._entries[name].weight for name in self._general]
+        general = [self._entries[name].weight for name in self.general]
         with self.originals.put_back(self.model):
             self._disabled = True
             self._pause(self._paused)
@@ -489,7 +483,7 @@ class Tuning:
         self._written = self._version()
         if self._attached:
             self._begin()
-            self._hook()
+            self._wire()
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -508,12 +502,12 @@ class Tuning:
             raise FishError("this Tuning is no longer attached to its model: call fishmask.attach(model, mask) again")
 
     def _agreed(self, mask: Mask, model: nn.Module) -> Mask:
-        """Return ``_fitting``'s mask, or raise its error, once all ranks of a sharded model have come to the same."""
+        """Return ``fit``'s mask, or raise its error, once all ranks of a sharded model have come to the same."""
         if self._shards is None:
-            return _fitting(mask, model, weights(model))
+            return fit(mask, model, weights(model))
         self._shards.settle()
         try:
-            fitting, found = _fitting(mask, model, weights(model)), None
+            fitting, found = fit(mask, model, weights(model)), None
         except ValueError as error:
             fitting, found = mask, error
         agree(self._shards.wire, {"mask": fitting.digest if found is None else str(found)})
@@ -574,60 +568,22 @@ class Tuning:
         self._written = self._version()
         for name, entry in self._entries.items():
             self.originals.remember(name, entry.weight, mask.indices[name])
-        self._hook()
+        self._wire()
 
-    def _hook(self) -> None:
-        """Give each module that owns masked entries its site; parameters that have none take the general path."""
-        names = {id(packed(entry.weight)): name for name, entry in self._entries.items()}
-        general: list[str] = []
-        for module in self.model.modules():
-            owned = {attribute: names[id(p)] for attribute, p in module._parameters.items() if id(p) in names}
-            if not owned:
-                continue
-            self._site_handles.append(module.register_load_state_dict_post_hook(Hook(self._after_load)))
-            site = site_for(module, {attribute: self._entries[name] for attribute, name in owned.items()})
-            if site is None:
-                general += owned.values()
-                continue
-            self._sites.append(site)
-            # First of all hooks: it must see the module's own output.
-            self._site_handles.append(module.register_forward_hook(site, prepend=True, with_kwargs=True))
-            self._site_handles += self._watch.own(module, [self._used(name) for name in owned.values()])
-        for name in dict.fromkeys(general):
-            self._generalise(name)
+    def _wire(self) -> None:
+        self._wiring = Wiring(self.model, self._entries, self._shards, self._after_load)
 
-    def _generalise(self, name: str) -> None:
-        """Put a parameter on the general path: autograd makes its dense gradient, a hook gathers and drops it."""
-        entry, used = self._entries[name], self._used(name)
-        for site in self._sites:
-            site.drop(entry.values)
-        if name in self._general:
-            self._general[name].remove()
-        for weight in (entry.weight, used):
-            weight.grad = None  # one from before attaching would be added to the next
-            weight.requires_grad_(True)
-        self._general[name] = used.register_post_accumulate_grad_hook(DenseGradient(entry))
-
-    def _used(self, name: str) -> nn.Parameter:
-        """Return what the layers use for a masked parameter."""
-        weight = packed(self._entries[name].weight)
-        return weight if self._shards is None else self._shards.whole.get(name, weight)
-
-    def _unhook(self) -> None:
-        self._watch.stop(altogether=True)
-        for handle in (*self._site_handles, *self._general.values()):
-            handle.remove()
-        for name in self._general:
-            self._entries[name].weight.requires_grad_(False)
-        self._site_handles, self._general, self._sites = [], {}, []
-        self._watch, self._forwards = Watch(self._found_elsewhere), 0
+    def _unwire(self) -> None:
+        if self._wiring is not None:
+            self._wiring.remove()
+        self._wiring = None
 
     def _let_go(self) -> None:
         self._release()
         self._step_hooks.clear()
 
     def _release(self) -> None:
-        self._unhook()
+        self._unwire()
         for handle in self._handles:
             handle.remove()
         for name, p in self.settled_parameters().items():
@@ -646,94 +602,31 @@ class Tuning:
             raise FishError(
                 "the model was moved or converted while attached: move it to its device and dtype first, then attach"
             )
-        if torch.is_grad_enabled():
-            if DistributedDataParallel._active_ddp_module is not None and not self.reduced:
-                raise FishError(
-                    "DistributedDataParallel does not know the values of an attached model, so every worker would "
-                    "train alone: wrap the model as DistributedDataParallel(fishmask.data_parallel.Replica(tuning))"
-                )
-            # Watching costs about two per cent of a forward, so it is done for the first, second, fourth, eighth ...
-            self._forwards += 1
-            turn = self._forwards & (self._forwards - 1) == 0
-            if turn and self._shards is not None:
-                self._shards.check_equal(self._flat)
-            self._watch.start(turn and not _has_compiled_part(self.model))
-        else:
-            self._watch.start(False)
+        grad = torch.is_grad_enabled()
+        if grad and DistributedDataParallel._active_ddp_module is not None and not self.reduced:
+            raise FishError(
+                "DistributedDataParallel does not know the values of an attached model, so every worker would "
+                "train alone: wrap the model as DistributedDataParallel(fishmask.data_parallel.Replica(tuning))"
+            )
+        assert self._wiring is not None
+        closely = grad and self._wiring.take_turn()
+        if closely and self._shards is not None:
+            self._shards.check_equal(self._flat)
+        self._wiring.begin_forward(closely)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._watch.stop()
-
-    def _found_elsewhere(self, weight: Tensor) -> None:
-        """Serve a weight that is also used outside its own module; this use and all later ones count from now on."""
-        for name in self._entries:
-            if self._used(name) is weight and name not in self._general:
-                if isinstance(self._entries[name].weight, QuantizedWeight):
-                    raise FishError(
-                        f"{name} is quantized and used outside its own layer, where the trained entries are not: "
-                        "leave it out of the mask, or load the model unquantized"
-                    )
-                self._generalise(name)
-                if self._forwards > 2:
-                    warnings.warn(
-                        f"{name} is used outside its own module, which was not so at first: this use counts from now "
-                        "on, but earlier steps may have lacked its part of the gradient",
-                        UserWarning,
-                        stacklevel=2,
-                    )
+        if not torch.compiler.is_compiling() and self._wiring is not None:
+            self._wiring.end_forward()
 
     def _pause(self, paused: bool) -> None:
         self._paused = paused
-        for site in self._sites:
-            site.paused = paused or self._disabled
+        if self._wiring is not None:
+            self._wiring.pause(paused or self._disabled)
 
-    def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
+    def _after_load(self) -> None:
         self.loads += 1
         self.read_back()
 
 
-def _fitting(mask: Mask, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Mask:
-    """Return ``mask`` under canonical names and with the model's shapes, or raise with everything that is wrong."""
-    if mask.k == 0:
-        raise ValueError("the mask has no entries, so there is nothing to train")
-    canonical = aliases(model)
-    faults = []
-    for name, indices in mask.indices.items():
-        p = parameters.get(canonical.get(name, ""))
-        if p is None:
-            other = foreign(dict(model.named_modules()).get(name.rpartition(".")[0]))
-            faults.append(f"{name}: {other or 'the model has no such parameter'}")
-        elif isinstance(p, QuantizedWeight) and (reason := p.unfit()) is not None:
-            faults.append(f"{name}: {reason}")
-        elif name in mask.shapes and tuple(mask.shapes[name]) != tuple(p.shape):
-            faults.append(f"{name}: shape {tuple(mask.shapes[name])} in the mask, {tuple(p.shape)} in the model")
-        elif int(indices[-1]) >= p.numel():
-            faults.append(f"{name}: index {int(indices[-1])} in the mask, {p.numel()} entries in the model")
-        elif p.dtype not in _DTYPES or p.is_meta or p.is_inference():
-            made = " made in inference mode" if p.is_inference() else ""
-            faults.append(f"{name}: {p.dtype} on {p.device}{made}; must be float32, bfloat16 or float16, in memory")
-    faults += [
-        f"{path}: max_norm rewrites the embedding's rows in each forward, so entries outside the mask would move"
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
-    ]
-    if faults:
-        raise ValueError("the mask does not fit the model: " + "; ".join(faults))
-    chosen: dict[str, Tensor] = {}
-    for name, indices in mask.indices.items():
-        known = chosen.get(canonical[name], indices)
-        chosen[canonical[name]] = torch.cat([known, indices]).unique()
-    fitting = Mask.from_indices(chosen, shapes=model)
-    devices = {parameters[name].device for name in fitting.indices}
-    if len(devices) > 1:
-        raise ValueError(f"the masked weights are on several devices ({', '.join(map(str, devices))}); put them on one")
-    return fitting
-
-
 def _part(weight: nn.Parameter, indices: Tensor) -> Part | None:
     return Part.of(weight, indices) if is_sharded(weight) else None
-
-
-def _has_compiled_part(model: nn.Module) -> bool:
-    return any(type(module).__name__ == "OptimizedModule" for module in model.modules())
