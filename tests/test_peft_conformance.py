@@ -673,7 +673,7 @@ def test_state_dict_of_the_base(name: str) -> None:
     )
 
 
-def test_pefts_own_loaders_say_what_to_use(tmp_path: Path) -> None:
+def test_pefts_own_loaders_refuse_an_adapter_of_ours(tmp_path: Path) -> None:
     made("bert").save_pretrained(tmp_path)
     for load in (
         lambda: PeftModel.from_pretrained(CASES["bert"].make(), tmp_path),
@@ -681,7 +681,7 @@ def test_pefts_own_loaders_say_what_to_use(tmp_path: Path) -> None:
         lambda: peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path),
         lambda: CASES["bert"].make().load_adapter(str(tmp_path)),
     ):
-        with pytest.raises(KeyError, match=r"load it with fishmask\.FishModel\.from_pretrained"):
+        with pytest.raises(KeyError, match="FISH"):
             load()
     for make in (
         lambda: peft.get_peft_model(CASES["bert"].make(), config()),

@@ -23,8 +23,6 @@ except ImportError as error:
     raise FishError("adapters with PEFT's verbs need peft: pip install 'fishmask[peft]'") from error
 
 PEFT_TYPE = "FISH"
-# In files: PEFT's own loaders fail with a KeyError that shows no more than this text.
-_PEFT_TYPE_IN_FILES = f"{PEFT_TYPE}: load it with fishmask.FishModel.from_pretrained"
 Score = Method | Literal["biases"]
 _SCORES = (*get_args(Method), "biases")
 # Where transformers puts the new head of a task, which is trained whole as PEFT does.
@@ -90,10 +88,6 @@ class FishConfig(PeftConfig):  # type: ignore[misc]
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as they are written to files."""
-        return {**super().to_dict(), "peft_type": _PEFT_TYPE_IN_FILES}
-
     @property
     def is_prompt_learning(self) -> bool:
         """False; PEFT's own constructors ask this first, and learn here that they cannot make a ``FishModel``.
@@ -116,8 +110,7 @@ class FishConfig(PeftConfig):  # type: ignore[misc]
         Raises:
             ValueError: It is the config of another method.
         """
-        found = str(kwargs.get("peft_type", PEFT_TYPE)).partition(":")[0]
-        if found != PEFT_TYPE:
+        if (found := kwargs.get("peft_type", PEFT_TYPE)) != PEFT_TYPE:
             raise ValueError(f"this adapter is of type {found}, not {PEFT_TYPE}: load it with peft")
         known = {item.name for item in fields(cls)}
         if unknown := sorted(set(kwargs) - known):
