@@ -195,3 +195,12 @@ def test_fine_tuning_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     exec(loop.replace("0.005", "0.1"), {"model": model, "batches": batches, "rows": rows})
     fishmask.load(fresh, "task.safetensors")
     assert Mask.between(fresh, model).k == 0 and Mask.between(fresh, case("bert").make()).k > 0
+
+
+def test_the_list_of_modules_has_each_with_its_own_words() -> None:
+    listed = dict(
+        re.findall(r"^\| `(\w+)` \| (.+) \|$", (DOCS / "modules.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    files = [path for path in (ROOT / "src" / "fishmask").glob("*.py") if path.stem != "__init__"]
+    words = {path.stem: path.read_text(encoding="utf-8").split('"""')[1].splitlines()[0] for path in files}
+    assert listed == {name: text.replace("``", "`").replace("|", "\\|") for name, text in words.items()}
