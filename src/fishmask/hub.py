@@ -195,17 +195,26 @@ def _transformers() -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence the reports of transformers and the hub on a load: a new head is expected here; errors still come."""
-    settings, hub = transformers.utils.logging, logging.getLogger("huggingface_hub")
-    level, hub_level, bars = settings.get_verbosity(), hub.level, settings.is_progress_bar_enabled()
+    """Silence the reports of a load: a new head is expected here, and so is torchao without a GPU; errors still come.
+
+    The reports are those of transformers, of the hub, and of the libraries for quantized models that it imports.
+    """
+    settings = transformers.utils.logging
+    verbosity, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    loggers = [
+        logging.getLogger(name) for name in ("huggingface_hub", "torchao", "bitsandbytes", "torch.utils._pytree")
+    ]
+    levels = [logger.level for logger in loggers]
     settings.set_verbosity_error()
     settings.disable_progress_bar()
-    hub.setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        settings.set_verbosity(level)
-        hub.setLevel(hub_level)
+        settings.set_verbosity(verbosity)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if bars:
             settings.enable_progress_bar()
 
