@@ -167,7 +167,7 @@ def test_running_out_of_memory_changes_nothing(
 
     owner, name = {
         "attach": (fishmask.Tuning, "_lay_out"),
-        "resume": (fishmask.Tuning, "_hook"),
+        "resume": (fishmask.Tuning, "_wire"),
         "ready": (fishmask.Switch, "_ready"),
     }[broken]
     monkeypatch.setattr(owner, name, once(getattr(owner, name)))
