@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fishmask
-from fishmask import FishError, Mask, attach
+from fishmask import FishError, Mask, attach, sync_message
 from fishmask.sync import Message, Receiver, Sender, broadcast, checkpoint_names
 from fishmask.sync import narrowed as as_int32
 from tests.cases import case, hf
@@ -384,6 +384,88 @@ def test_no_forward_sees_half_an_update() -> None:
     assert all(len({*a.tolist(), *b.tolist()}) == 1 for a, b in zip(seen[::2], seen[1::2], strict=True))
 
 
+@pytest.mark.parametrize("how", ["convert", "buffer", "shape", "move"])
+def test_a_server_that_was_changed_in_part_is_not_half_written(how: str) -> None:
+    """Layers before the changed one are not written either, by no kind of update and by no reset."""
+    training = Training("conv", density=0.3)
+    sender, receiver = Sender(training.tuning, chunk_bytes=SMALL), training.receiver()
+    deliver(receiver, sender.update())
+    training.step()
+    plain = sender.update()
+    training.tuning.set_mask(training.mask(1), training.optimizer)
+    training.step()
+    changing, welcome = sender.update(), sender.welcome()
+    last = [module for module in receiver.model.modules() if isinstance(module, nn.Linear)][-1]
+    kept = copy.deepcopy(receiver.model)
+    if how == "convert":
+        last.half()
+    elif how == "shape":
+        last.weight.data = last.weight.data.t().contiguous()
+    elif how == "move":
+        last.to("meta")
+    else:
+        next(module for module in receiver.model.modules() if isinstance(module, nn.BatchNorm2d)).double()
+    before = copy.deepcopy(receiver.model)
+    for update in (plain, welcome):
+        with pytest.raises(FishError, match=r"converted, moved, added or removed: .*welcome\(\)"):
+            deliver(receiver, update)
+        receiver._staged = []
+    with pytest.raises(FishError, match="converted, moved"):
+        receiver.reset()
+    now = receiver.model.state_dict()
+    assert receiver.update == 0
+    assert all(own.is_meta or torch.equal(own, now[name]) for name, own in before.state_dict().items())
+    receiver.model = kept
+    for update in (plain, changing):
+        deliver(receiver, update)
+    assert equal(receiver.model, training.model)
+
+
+def signed(message: Message, *without: str, **facts: Any) -> Message:
+    """Return a message with other facts, as a faulty program would make it: whole, with a digest that fits."""
+    own = {name: fact for name, fact in (message.facts | facts).items() if name not in (*without, "digest")}
+    return Message({**own, "digest": sync_message._digest(own, message.tensors)}, message.tensors)
+
+
+def test_messages_of_faulty_programs_are_refused_and_change_nothing() -> None:
+    training = Training("mlp", density=0.3)
+    sender, receiver = Sender(training.tuning), training.receiver()
+    (first,) = sender.update()
+    layout, before = first.facts["layout"], copy.deepcopy(receiver.model)
+    name = next(iter(layout["entries"]))
+    for wrong, reason in (
+        *(
+            (signed(first, fact), f"{fact} is None, expected")
+            for fact in ("stream", "update", "part", "parts", "start")
+        ),
+        (signed(first, parts=0), "part 0 of 0"),
+        (signed(first, part=-1), "part -1 of 1"),
+        (signed(first, part=True), "part is True, expected int"),
+        (signed(first, update=-3), "of update -3"),
+        (signed(first, "layout"), "has no layout"),
+        (signed(first, layout=[1]), "its layout is a list"),
+        *((signed(first, layout={**layout, part: None}), f"no {part}") for part in layout if part != "mask"),
+        (signed(first, layout={**layout, "mask": 1}), "no digest of the mask"),
+        (signed(first, layout={**layout, "entries": {**layout["entries"], name: "x"}}), f"{name} has 'x' entries"),
+        (signed(first, layout={**layout, "entries": {**layout["entries"], name: 1}}), "indices came for"),
+        (signed(first, layout={**layout, "shapes": {**layout["shapes"], name: 5}}), f"{name} has the shape 5"),
+        (signed(first, layout={**layout, "dtypes": {}}), "a shape and a dtype"),
+        (signed(replace(first, tensors={"values/float32": first.tensors["values/float32"]})), "0 indices came for"),
+        (signed(replace(first, tensors={"indices": first.tensors["indices"]})), "0 values of float32"),
+        (
+            signed(replace(first, tensors=first.tensors | {"values/float32": first.tensors["values/float32"].half()})),
+            "values of another dtype came",
+        ),
+        (replace(first, tensors=first.tensors | {"x": torch.tensor(1.0)}), "one dimension, and these have not: x"),
+        (replace(first, facts=[]), "a dict, got a list"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(FishError, match=reason):
+            receiver.take(wrong)
+    assert receiver.update is None and equal(receiver.model, before)
+    deliver(receiver, [first])
+    assert equal(receiver.model, training.model)
+
+
 # --- from what, and under which names ---------------------------------------------------------------------------------
 
 
@@ -398,13 +480,29 @@ def test_from_a_fish_model() -> None:
     assert equal(receiver.model, model) and not equal(receiver.model, base)
     adapters.add_adapter("other", fishmask.FishConfig(density=0.05, score="random", seed=1))
     adapters.set_adapter("other")
-    with pytest.raises(FishError, match=r"suspended.*resume"):
+    with pytest.raises(FishError, match=r"set_adapter\(\)"):
         sender.update()
+    adapters.set_adapter("default")
+    deliver(receiver, sender.update())
+    assert equal(receiver.model, model)
     adapters.set_adapter("default", inference_mode=True)
     with pytest.raises(FishError, match="no adapter of this model is in training"):
         Sender(adapters)
     with pytest.raises(TypeError, match="Linear"):
         Sender(nn.Linear(1, 1))
+
+
+def test_the_base_that_disabled_lends_is_not_sent_as_trained() -> None:
+    training = Training("mlp", density=0.3)
+    sender, receiver = Sender(training.tuning), training.receiver()
+    deliver(receiver, sender.update())
+    training.step()
+    with training.tuning.disabled():
+        for make in (sender.update, sender.welcome):
+            with pytest.raises(FishError, match=r"inside disabled\(\)"):
+                make()
+    deliver(receiver, sender.update())
+    assert equal(receiver.model, training.model)
 
 
 def test_the_next_update_after_every_nth_step() -> None:

@@ -36,8 +36,8 @@ class Receiver:
     repeated or out of order is refused and changes nothing.
 
     Args:
-        model: A copy of the sender's base, in the same dtypes; its parameters may go by other names where they are
-            tied or where the checkpoint lacks the model's prefix.
+        model: A copy of the sender's base, in the same dtypes and on its device for good; its parameters may go by
+            other names where they are tied or where the checkpoint lacks the model's prefix.
         lock: Any context manager that can be entered again and again; by default a ``threading.RLock``.
         check_base: Compare hashes of all weights with the sender's base before the first update.
 
@@ -68,6 +68,7 @@ class Receiver:
         self._index = _Index()
         self._staged: list[Message] = []
         self._originals = Originals(model)
+        self._kinds = _kinds(model)
 
     def take(self, message: Message) -> bool:
         """Take the next message.
@@ -89,7 +90,12 @@ class Receiver:
         return True
 
     def reset(self) -> None:
-        """Give the model its base back, bit for bit, and wait for a sender's first update or ``welcome``."""
+        """Give the model its base back, bit for bit, and wait for a sender's first update or ``welcome``.
+
+        Raises:
+            FishError: The model was converted, moved or taken apart since; nothing has changed.
+        """
+        self._check_model()
         with self.lock, torch.no_grad():
             self._originals.restore(self.model)
         self.update, self._stream, self._staged, self._index = None, None, [], _Index()
@@ -98,7 +104,7 @@ class Receiver:
         stream, update, part, start = facts["stream"], facts["update"], facts["part"], facts["start"]
         if self._staged and part == len(self._staged):
             first = self._staged[0].facts
-            if (stream, update, start) == (first["stream"], first["update"], first["start"]):
+            if all(facts[name] == first[name] for name in ("stream", "update", "start", "parts")):
                 return
         known = self._stream == stream and self.update is not None
         if known and update <= (self.update or 0):
@@ -116,6 +122,7 @@ class Receiver:
     @torch.no_grad()
     def _write(self, facts: Mapping[str, Any], vectors: Mapping[str, Tensor]) -> None:
         """Check all of an update, then write it."""
+        self._check_model()
         parameters, buffers = weights(self.model), persistent_buffers(self.model)
         index = self._index
         if layout := facts.get("layout"):
@@ -125,7 +132,7 @@ class Receiver:
         values = _parted("values", index.entries, index.dtypes, vectors)
         settled = _parted("settled", index.settled, index.dtypes, vectors) if layout else {}
         sent = {name.removeprefix("buffers/"): own for name, own in vectors.items() if name.startswith("buffers/")}
-        wrong = [n for n, own in sent.items() if n not in buffers or _kind(buffers[n]) != _kind(own)]
+        wrong = [n for n, own in sent.items() if n not in buffers or _content(buffers[n]) != _content(own)]
         if wrong:
             raise FishError(f"the model has no such buffers: {', '.join(wrong)}; the sender's is another kind of model")
         ready = [
@@ -133,6 +140,8 @@ class Receiver:
             for entries, numbers in ((index.settled, settled), (index.entries, values))
             for name, own in numbers.items()
         ]
+        if wrong := [name for name, _, own in ready if own.dtype != parameters[name].dtype]:
+            raise FishError(f"values of another dtype came for {', '.join(wrong)}: the sender is a faulty program")
         with self.lock:
             if facts["start"]:
                 self._originals.restore(self.model)
@@ -143,6 +152,18 @@ class Receiver:
             for name, own in sent.items():
                 buffers[name].copy_(own.view(buffers[name].shape))
         self._index, self._stream, self.update = index, facts["stream"], facts["update"]
+
+    def _check_model(self) -> None:
+        """Raise FishError unless all tensors are what they were: writing must not fail halfway."""
+        here = _kinds(self.model)
+        changed = [name for name in self._kinds | here if self._kinds.get(name) != here.get(name)]
+        if changed:
+            shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+            raise FishError(
+                "a receiver's model keeps its dtypes, shapes and devices, and these were converted, moved, added or "
+                f"removed: {shown}. Make a Receiver of a copy of the base that is converted and moved already, and "
+                "bring it in with the sender's welcome()"
+            )
 
     def _read(self, layout: Mapping[str, Any], vectors: Mapping[str, Tensor]) -> _Index:
         """Find the parameters of a layout in this model."""
@@ -161,13 +182,14 @@ class Receiver:
         ]
         if faults:
             raise FishError(f"the sender's model is another one: {'; '.join(faults)}")
-        split = {
-            kind: dict(zip(counts, vector.cpu().long().split(list(counts.values())), strict=True))
-            for kind, counts, vector in (
-                ("entries", layout["entries"], vectors["indices"]),
-                ("settled", layout["settled"], vectors.get("settled_indices", torch.empty(0))),
-            )
-        }
+        split: dict[str, dict[str, Tensor]] = {}
+        for kind, sent in (("entries", "indices"), ("settled", "settled_indices")):
+            counts, vector = layout[kind], vectors.get(sent, torch.empty(0))
+            if len(vector) != sum(counts.values()):
+                raise FishError(
+                    f"{len(vector)} {sent} came for {sum(counts.values())} entries: the sender is a faulty program"
+                )
+            split[kind] = dict(zip(counts, vector.cpu().long().split(list(counts.values())), strict=True))
         shapes = {name: torch.Size(shape) for name, shape in layout["shapes"].items()}
         try:
             masks = [Mask.from_indices(own, shapes=shapes) for own in split.values()]
@@ -216,5 +238,11 @@ def _parted(
     return parts
 
 
-def _kind(tensor: Tensor) -> tuple[torch.dtype, int]:
+def _content(tensor: Tensor) -> tuple[torch.dtype, int]:
     return tensor.dtype, tensor.numel()
+
+
+def _kinds(model: nn.Module) -> dict[str, tuple[torch.dtype, torch.Size, torch.device]]:
+    """Tell what each tensor of a model is, whatever it holds."""
+    tensors = {**weights(model), **persistent_buffers(model)}
+    return {name: (tensor.dtype, tensor.shape, tensor.device) for name, tensor in tensors.items()}

@@ -69,7 +69,7 @@ class Sender:
             raise FishError("no adapter of this model is in training: make one active that is trainable")
         if chunk_bytes < 16:
             raise ValueError(f"chunk_bytes must be at least 16, got {chunk_bytes}")
-        self.tuning: Tuning = tuning
+        self._source, self.tuning = source, tuning
         self.chunk_bytes = chunk_bytes
         given = isinstance(checkpoint, Mapping)
         self._names = dict(checkpoint) if given else checkpoint_names(tuning.model, checkpoint)  # type: ignore[arg-type]
@@ -181,6 +181,11 @@ class Sender:
 
     def _serve(self, what: str) -> None:
         """Refuse what cannot be made now, or not by a sender that makes something else already."""
+        if not isinstance(self._source, Tuning) and self._source.tuning is not self.tuning:
+            raise FishError(
+                "the adapter that this Sender was made for is not the one in training any more: make it active again "
+                "with set_adapter(), or make a Sender for the one that is"
+            )
         self.tuning._check_attached()
         if what != (self._makes or what):
             raise FishError(f"this Sender makes {self._makes} already, each with what is new: make another for {what}")

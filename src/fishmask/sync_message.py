@@ -40,12 +40,18 @@ class Message:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def check(self) -> None:
-        """Raise FishError unless the message is whole."""
+        """Raise FishError unless the message is whole, and says all that it must."""
+        if not isinstance(self.facts, dict):
+            raise FishError(f"the facts of a message are a dict, got a {type(self.facts).__name__}")
         facts = {name: fact for name, fact in self.facts.items() if name != "digest"}
         if facts.get("version") != VERSION:
             raise FishError(f"this message is of version {facts.get('version')}; this fishmask reads {VERSION}")
+        if wrong := [name for name, tensor in self.tensors.items() if tensor.ndim != 1]:
+            raise FishError(f"the tensors of a message have one dimension, and these have not: {', '.join(wrong)}")
         if self.facts.get("digest") != _digest(facts, self.tensors):
             raise FishError("this message was damaged on its way: have it sent again")
+        if faults := _faults(facts):
+            raise FishError(f"this message was made by a faulty program: {'; '.join(faults)}")
 
     def to_bytes(self) -> bytes:
         """Return the message as a safetensors file in memory."""
@@ -142,6 +148,49 @@ def joined(messages: Iterable[Message]) -> dict[str, Tensor]:
         for name, piece in message.tensors.items():
             pieces.setdefault(name, []).append(piece)
     return {name: torch.cat(own) for name, own in pieces.items()}
+
+
+def _faults(facts: dict[str, Any]) -> list[str]:
+    """List what is not as every sender says it."""
+    kinds = {"stream": str, "update": int, "part": int, "parts": int, "start": bool}
+    faults = [
+        f"{name} is {facts.get(name)!r}, expected {kind.__name__}"
+        for name, kind in kinds.items()
+        if type(facts.get(name)) is not kind  # True is no number
+    ]
+    if faults:
+        return faults
+    if not 0 <= facts["part"] < facts["parts"] or facts["update"] < 0:
+        return [f"it is part {facts['part']} of {facts['parts']} of update {facts['update']}"]
+    layout = facts.get("layout")
+    if layout is None:
+        return ["it starts at the base, and has no layout"] if facts["start"] and facts["part"] == 0 else []
+    if not isinstance(layout, dict):
+        return [f"its layout is a {type(layout).__name__}, expected a dict"]
+    if not isinstance(layout.get("mask"), str):
+        faults.append("its layout has no digest of the mask")
+    for name in ("entries", "settled", "shapes", "dtypes", *(["base"] if facts["start"] else [])):
+        if not isinstance(layout.get(name), dict):
+            faults.append(f"its layout has no {name}")
+    return faults or _layout_faults(layout)
+
+
+def _layout_faults(layout: dict[str, Any]) -> list[str]:
+    """List what the parts of a layout say that does not fit each other."""
+    faults = []
+    for kind in ("entries", "settled"):
+        faults += [
+            f"{name} has {count!r} {kind}"
+            for name, count in layout[kind].items()
+            if type(count) is not int or count < 0
+        ]
+    described = layout["entries"].keys() | layout["settled"].keys()
+    if not described == layout["shapes"].keys() == layout["dtypes"].keys():
+        faults.append("its layout does not give each parameter a shape and a dtype")
+    for name, shape in layout["shapes"].items():
+        if not isinstance(shape, list) or any(type(size) is not int or size < 0 for size in shape):
+            faults.append(f"{name} has the shape {shape!r}")
+    return faults
 
 
 def _digest(facts: dict[str, Any], tensors: dict[str, Tensor]) -> str:
