@@ -220,7 +220,8 @@ def test_the_state_holds_values_and_buffers_and_goes_back(name: str) -> None:
     buffers = {f"base_model.model.{n}" for n in model.get_base_model().state_dict()} & {
         f"base_model.model.{n}" for n, _ in model.get_base_model().named_buffers()
     }
-    assert state.keys() == own | buffers | {f"values.{adapter}.mask_digest" for adapter in ("default", "other")}
+    known = {"values.active_adapter", "values.default.mask_digest", "values.other.mask_digest"}
+    assert state.keys() == own | buffers | known
     expected = out(model.eval(), name)
     model.set_adapter("other")
     second = out(model, name)
@@ -288,7 +289,7 @@ def test_set_mask_changes_the_parameters() -> None:
     assert own == {id(p) for p in optimizer.param_groups[0]["params"]} and model.mask() == mask
     model.tuning.set_mask(Mask.random(model.get_base_model(), 0.1, 8), optimizer)  # the tuning's own way
     state = model.state_dict()
-    assert {n for n in state if n.startswith("values.")} == {
+    assert {n for n in state if n.startswith("values.default.")} == {
         f"values.default.{n}" for n in (*model.mask().indices, "mask_digest")
     }
     model.load_state_dict(state)
@@ -659,3 +660,65 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(blocks) == 6 and trainings == [True] * 4 and len(evaluations) == 2
     assert sorted(path.name for path in (tmp_path / "adapters").iterdir()) == ["both", "mail", "news"]
     assert capsys.readouterr().out.count("trainable params") == 2
+
+
+# --- what a constructor, a state and a conversion leave behind --------------------------------------------------------
+
+
+@pytest.mark.parametrize("construct", ["no batches", "no folder", "interrupted"])
+def test_a_constructor_that_fails_leaves_a_base_that_trains(construct: str, tmp_path: Path) -> None:
+    base = CASES["bert"].make()
+    before = bits(base)
+    with pytest.raises((ValueError, FishError, KeyboardInterrupt)):
+        if construct == "no batches":
+            get_fish_model(base, FishConfig())
+        elif construct == "no folder":
+            FishModel.from_pretrained(base, tmp_path / "nothing")
+        else:
+            get_fish_model(base, FishConfig(), batches_interrupted())
+    assert all(p.requires_grad for p in base.parameters())
+    assert all(torch.equal(before[n], t) for n, t in bits(base).items())
+    get_fish_model(base, config())
+
+
+def test_a_base_with_deltas_applied_is_refused_until_they_are_its_own() -> None:
+    model = two("bert")
+    model.set_mask(Mask.from_indices({"classifier.bias": [0]}))
+    model.delete_adapter("other")
+    model.add_adapter("other", config(), mask=Mask.from_indices({"classifier.bias": [1]}))
+    merged = model.merge_and_unload(adapter_names=["default", "other"])
+    again = get_fish_model(merged, config())  # what was merged is the base
+    again.set_requires_grad("default", False)
+    base, delta = CASES["bert"].make(), made("bert").delta()
+    delta.apply(base)
+    with pytest.raises(FishError, match="other deltas are applied"):
+        get_fish_model(base, config())
+    delta.revert(base)
+    get_fish_model(base, config())
+
+
+def test_a_state_keeps_the_buffers_of_adapters_that_wait() -> None:
+    def pair() -> FishModel:
+        model = two("conv")
+        loss_of(model, CASES["conv"].batch(4, 3))  # moves the statistics
+        return model
+
+    model, other = pair(), two("conv")
+    model.set_adapter("other")
+    state = model.state_dict()
+    with pytest.raises(FishError, match=r"adapter 'other' was active.*set_adapter\('other'\)"):
+        other.load_state_dict(state)
+    other.set_adapter("other")
+    other.load_state_dict(state)
+    for adapter in ("other", "default"):
+        model.set_adapter(adapter)
+        other.set_adapter(adapter)
+        assert all(torch.equal(t, dict(other.named_buffers())[n]) for n, t in model.named_buffers())
+
+
+def test_a_state_is_not_assigned() -> None:
+    model = made("bert")
+    before = everything(model)
+    with pytest.raises(FishError, match="assign=True"):
+        model.load_state_dict(model.state_dict(), assign=True)
+    assert unchanged(model, before)

@@ -746,3 +746,34 @@ print(tuning.delta().k, len(fishmask.fisher(model, [(torch.ones(3, 4), torch.zer
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["5", "2"]
+
+
+def test_a_conversion_of_a_model_with_adapters_goes_there_and_back() -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    model = fishmask.get_fish_model(quantized("nf4"), fishmask.FishConfig(density=0.05, score="random"))
+    model.half()
+    model.set_adapter("default")
+    model.float()
+    with model.disable_adapter():
+        pass
+    model.unload()
+
+
+def test_a_switch_within_inference_mode_goes_on_outside() -> None:
+    pytest.importorskip("bitsandbytes")
+    base, deltas = quantized("nf4"), []
+    for seed in range(2):
+        tuning = fishmask.attach(quantized("nf4"), Mask.random(base, 0.05, seed=seed))
+        with torch.no_grad():
+            tuning.values.add_(1)
+        deltas.append(tuning.delta())
+    switch, before = fishmask.Switch(base), numbers_of(base)
+    for name, delta in zip("ab", deltas, strict=True):
+        switch.add(name, delta)
+    with torch.inference_mode():
+        for name in "ab":
+            switch.use(name)
+    for name in ("a", "b", None):
+        switch.use(name)
+    assert all(torch.equal(before[n], t) for n, t in numbers_of(base).items())

@@ -411,3 +411,97 @@ def test_an_optimizer_of_something_else_may_step_in_between() -> None:
     head(torch.ones(2, 3)).sum().backward()
     optimizer.step()
     assert not torch.equal(head.weight, before)
+
+
+# --- inside disabled(), and interrupts --------------------------------------------------------------------------------
+
+
+REFUSED: dict[str, Callable[[fishmask.Tuning, torch.optim.Optimizer], Any]] = {
+    "step": lambda tuning, optimizer: optimizer.step(),
+    "write_back": lambda tuning, _: tuning.write_back(),
+    "read_back": lambda tuning, _: tuning.read_back(),
+    "delta": lambda tuning, _: tuning.delta(),
+    "set_mask": lambda tuning, _: tuning.set_mask(Mask.random(tuning.model, 0.2, seed=2)),
+    "suspend": lambda tuning, _: tuning.suspend(),
+    "detach": lambda tuning, _: tuning.detach(),
+    "revert": lambda tuning, _: tuning.revert(),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_inside_disabled_nothing_writes_or_reads_values(what: str) -> None:
+    tuning, optimizer = trained(case("mlp"))
+    present, values = state_of(tuning.model), tuning.values.clone()
+    with tuning.disabled():
+        base = state_of(tuning.model)
+        with pytest.raises(FishError, match="only lent"):
+            REFUSED[what](tuning, optimizer)
+        assert_equal(state_of(tuning.model), base)
+    assert_equal(state_of(tuning.model), present)
+    assert torch.equal(tuning.values, values)
+    tuning.revert()
+    assert_equal(state_of(tuning.model), base)
+
+
+@pytest.mark.parametrize("broken", ["restore", "_release"])
+def test_an_interrupt_in_suspend_loses_nothing(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning, _ = trained(case("mlp"))
+    present = state_of(tuning.model)
+    owner = tuning.originals if broken == "restore" else tuning
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, broken, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tuning.suspend()
+    assert tuning.suspended == (broken == "_release")
+    if tuning.suspended:
+        tuning._release()
+        tuning.resume()
+    assert_equal(state_of(tuning.model), present)
+    tuning.suspend()
+    tuning.resume()
+    assert_equal(state_of(tuning.model), present)
+    backward(tuning.model, case("mlp"), 3)
+    assert all(values.grad is not None for values in tuning.parameters())
+
+
+@pytest.mark.parametrize("broken", ["_wire", "write_back"])
+def test_an_error_in_resume_leaves_it_suspended(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning, _ = trained(case("mlp"))
+    present = state_of(tuning.model)
+    tuning.suspend()
+    base = state_of(tuning.model)
+
+    def fail() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, broken, fail)
+        with pytest.raises(MemoryError):
+            tuning.resume()
+    assert tuning.suspended and not tuning.attached
+    assert_equal(state_of(tuning.model), base)
+    tuning.resume()
+    assert_equal(state_of(tuning.model), present)
+
+
+def test_hooks_do_not_pile_up() -> None:
+    tuning, optimizer = trained(case("mlp"))
+    for step in range(3):
+        backward(tuning.model, case("mlp"), step)
+        optimizer.step()
+        tuning.suspend()
+        tuning.resume()
+        optimizer.zero_grad(set_to_none=False)
+    assert sum(len(values._backward_hooks or ()) for values in tuning.parameters()) == 1
+
+
+def test_a_weight_that_is_replaced_after_attach_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    fishmask.attach(model, Mask.from_indices({"0.weight": [1], "1.weight": [0, 3]}))
+    model[1] = nn.Linear(4, 2)
+    with pytest.raises(FishError, match=r"not in the model any more: 1\.weight"):
+        model(torch.ones(1, 4))

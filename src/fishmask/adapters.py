@@ -14,6 +14,7 @@ from fishmask.live import is_attached
 from fishmask.mask import Mask
 from fishmask.originals import persistent_buffers
 from fishmask.params import aliases
+from fishmask.quantized import settle
 from fishmask.switch import Switch
 
 
@@ -257,6 +258,7 @@ class Adapters:
             apply()
         finally:
             if _places(self.model) != before:
+                settle(self.model)
                 for tuning in self._tunings.values():
                     if tuning is not None:
                         tuning.rebase()

@@ -103,6 +103,7 @@ class Tuning:
         self.loads = 0
         self._attached = True
         self._away: Present | None = None
+        self._clearing: RemovableHandle | None = None
         self._step_hooks: OrderedDict[int, Callable[[Optimizer], None]] = OrderedDict()
         self._entries: dict[str, Entry] = {}
         self._adopted: dict[str, Tensor] = {}
@@ -123,9 +124,9 @@ class Tuning:
         """Set up what a copy must set up anew: hooks on the model, and the watch over its forward."""
         self._paused = self._disabled = self._stepping = self.reduced = False
         self._counted: nn.Parameter | None = None  # one of the values, by which the optimizer is known that counts
-        self._clearing: RemovableHandle | None = None
         self._wiring: Wiring | None = None
-        self._handles = [
+        self._handles = []
+        self._handles += [
             self.model.register_forward_pre_hook(Hook(self._before_forward), prepend=True),
             self.model.register_forward_hook(Hook(self._after_forward), always_call=True),
             *hook_input_embeddings(self.model),
@@ -142,6 +143,11 @@ class Tuning:
     def suspended(self) -> bool:
         """Whether the model has its base back until ``resume``."""
         return self._away is not None
+
+    @property
+    def waiting_buffers(self) -> dict[str, Tensor]:
+        """The buffers that training has changed, while they wait for ``resume``; the dict is the tuning's own."""
+        return {} if self._away is None else self._away.buffers
 
     @property
     def general(self) -> tuple[str, ...]:
@@ -324,8 +330,13 @@ class Tuning:
         if self._shards is not None:
             raise FishError("a model sharded by FSDP2 cannot be suspended: revert() it, and attach again")
         self.write_back()
-        self._away = self.originals.present(self.model)
-        self.originals.restore(self.model)
+        away = self.originals.present(self.model)
+        try:
+            self.originals.restore(self.model)
+        except BaseException:  # an interrupt: leave the model as it was
+            away.write(self.model)
+            raise
+        self._away = away
         self._release()
 
     @torch.no_grad()
@@ -345,16 +356,23 @@ class Tuning:
                 "change; after moving or converting the model call rebase() before resume()"
             )
         self.originals.restore_buffers(self.model)  # those that others have moved meanwhile
-        self._away.write(self.model)
-        self._away, self._attached = None, True
-        with torch.inference_mode(False):
-            self._begin()
-            self._wire()
-        for name, p in weights(self.model).items():
-            p.requires_grad_(name in self.general)
-        for values in self.parameters():
-            values.requires_grad_(True)
-        self.write_back()
+        away = self._away
+        try:
+            away.write(self.model)
+            self._away, self._attached = None, True
+            with torch.inference_mode(False):
+                self._begin()
+                self._wire()
+            for name, p in weights(self.model).items():
+                p.requires_grad_(name in self.general)
+            for values in self.parameters():
+                values.requires_grad_(True)
+            self.write_back()
+        except BaseException:  # out of memory, an interrupt: it is suspended still
+            self._away = away
+            self.originals.restore(self.model)
+            self._release()
+            raise
 
     @torch.no_grad()
     def rebase(self) -> None:
@@ -393,10 +411,10 @@ class Tuning:
         Raises:
             FishError: The model is not attached.
         """
-        self._check_attached()
         if self._disabled:
             yield
             return
+        self._check_attached()
         self._write_changes()
         general = [self._entries[name].weight for name in self.general]
         with self.originals.put_back(self.model):
@@ -476,7 +494,7 @@ class Tuning:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._shards = Shards.of(self.model)
-        self._step_hooks = OrderedDict()
+        self._step_hooks, self._clearing = OrderedDict(), None
         self._flat = torch.cat([entry.values.detach() for entry in self._entries.values()])
         for entry, values in zip(self._entries.values(), self._parts(), strict=True):
             entry.values.data = values
@@ -493,6 +511,8 @@ class Tuning:
         return parts
 
     def _check_present(self) -> None:
+        if self._disabled:
+            raise FishError("inside disabled() the model is its base, which is only lent: leave the block first")
         if self._away is not None:
             raise FishError("this Tuning is suspended, and its model is the base: call resume() first")
 
@@ -536,17 +556,18 @@ class Tuning:
         values = next((p for p in self.parameters() if id(p) in held and p.grad is not None), None)
         if values is None or values.grad is None:
             return
-        stepped, version = ref(values.grad), values.grad._version
+        trained, stepped, version = ref(values), ref(values.grad), values.grad._version
 
-        def check(values: Tensor) -> None:
-            # The one change since the step is that a gradient was added: nobody has zeroed it in between.
-            if values.grad is not None and values.grad is stepped() and values.grad._version == version + 1:
+        def check(new: Tensor) -> None:
+            own = trained()
+            held = None if own is None else own.grad
+            if held is not None and held is stepped() and held._version == version and bool(held.any()):
                 raise FishError(
                     "the gradients of the values were not cleared since the last step, so the next one would take them "
                     f"a second time: call optimizer.zero_grad() after each step; {TRAINERS}"
                 )
 
-        self._clearing = values.register_post_accumulate_grad_hook(check)
+        self._clearing = values.register_hook(check)
 
     def _write_changes(self) -> None:
         """Write the values back if they have changed, or may have: within a step their version does not tell."""
@@ -571,6 +592,7 @@ class Tuning:
         self._wire()
 
     def _wire(self) -> None:
+        self._unwire()
         self._wiring = Wiring(self.model, self._entries, self._shards, self._after_load)
 
     def _unwire(self) -> None:
@@ -583,13 +605,13 @@ class Tuning:
         self._step_hooks.clear()
 
     def _release(self) -> None:
+        self._attached = False
+        LIVE.discard(self)
         self._unwire()
         for handle in self._handles:
             handle.remove()
         for name, p in self.settled_parameters().items():
             p.requires_grad_(self._required_grad.get(name, p.requires_grad))
-        self._attached = False
-        LIVE.discard(self)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or self._paused or self._disabled:
@@ -610,6 +632,8 @@ class Tuning:
             )
         assert self._wiring is not None
         closely = grad and self._wiring.take_turn()
+        if closely:
+            self._wiring.check()
         if closely and self._shards is not None:
             self._shards.check_equal(self._flat)
         self._wiring.begin_forward(closely)

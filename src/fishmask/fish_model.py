@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from fishmask import applied
 from fishmask.adapters import Adapters
 from fishmask.attach import Tuning
 from fishmask.card import write_card
@@ -160,8 +161,12 @@ class FishModel(PeftModel):  # type: ignore[misc]
             self._describe(adapter_name, peft_config or FishConfig(density=tuning.mask.density))
             self.mirror()
         elif peft_config is not None:
-            self.add_adapter(adapter_name, peft_config, batches=batches, mask=mask, progress=progress)
-            self.set_adapter(adapter_name)
+            try:
+                self.add_adapter(adapter_name, peft_config, batches=batches, mask=mask, progress=progress)
+                self.set_adapter(adapter_name)
+            except BaseException:
+                self.unload()
+                raise
 
     # --- what it holds ------------------------------------------------------------------------------------------------
 
@@ -418,11 +423,15 @@ class FishModel(PeftModel):  # type: ignore[misc]
         if tuning_of(model) is not None:
             raise FishError("this model is attached or has adapters already: load_adapter() adds one to a FishModel")
         found = cls(model)
-        found.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
-        if config is not None:
-            config.inference_mode = not is_trainable
-            found._describe(adapter_name, config)
-        found.set_adapter(adapter_name)
+        try:
+            found.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)
+            if config is not None:
+                config.inference_mode = not is_trainable
+                found._describe(adapter_name, config)
+            found.set_adapter(adapter_name)
+        except BaseException:
+            found.unload()
+            raise
         return found
 
     def add_weighted_adapter(
@@ -580,6 +589,7 @@ class FishModel(PeftModel):  # type: ignore[misc]
         combined = self._combined(names, [1.0] * len(names), "refuse")
         model = self.unload()
         combined.apply(model, check_base=False)
+        applied.forget(model, combined)
         return model
 
     # --- files --------------------------------------------------------------------------------------------------------
@@ -734,6 +744,11 @@ def _check_base(model: nn.Module) -> None:
         raise FishError(
             "this model has adapters already: add_adapter() gives a FishModel another one; unload() or "
             "merge_and_unload() gives back the base of any PeftModel"
+        )
+    if applied.is_changed(model):
+        raise FishError(
+            "other deltas are applied to this model, and adapters belong to the base below: revert() them first, or "
+            "load them as adapters with load_adapter()"
         )
     if without := [name for name, p in model.named_parameters() if p.is_meta]:
         raise FishError(

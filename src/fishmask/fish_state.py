@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from fishmask.fish_model import FishModel
 
 _BASE = "base_model.model."  # where a FishModel has its base
+_ACTIVE = "values.active_adapter"
+_WAITING = "waiting."
 
 
 def hook_state(model: "FishModel") -> None:
@@ -33,9 +35,15 @@ def _bring_up_to_date(model: Any, prefix: str, keep_vars: bool) -> None:
 def _leave_out_weights(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for key in _weights_in(model, state, prefix):
         del state[key]
+    if model.active_adapter is not None:
+        state[prefix + _ACTIVE] = torch.tensor(list(model.active_adapter.encode()), dtype=torch.uint8)
+    for adapter, buffers in _waiting(model).items():
+        state |= {f"{prefix}{_WAITING}{adapter}.{name}": buffer.clone() for name, buffer in buffers.items()}
 
 
-def _refuse_weights(model: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _refuse_weights(model: Any, state: dict[str, Any], prefix: str, metadata: Any, *rest: Any) -> None:
+    if metadata.get("assign_to_params_buffers"):
+        raise FishError("assign=True would part the adapters from their values: load a FishModel's state without it")
     model.mirror()
     model.check_free()
     if found := _weights_in(model, state, prefix):
@@ -44,6 +52,18 @@ def _refuse_weights(model: Any, state: dict[str, Any], prefix: str, *rest: Any) 
             "does not: load them into the base before it becomes a FishModel"
         )
     model.loading_prefix = prefix
+    active = state.pop(prefix + _ACTIVE, None)
+    name = None if active is None else bytes(active.tolist()).decode()
+    if name is not None and name != model.active_adapter:
+        raise FishError(
+            f"this state was taken while adapter {name!r} was active, whose buffers it holds: set_adapter({name!r}) "
+            "before it is loaded"
+        )
+    for adapter, buffers in _waiting(model).items():
+        start = f"{prefix}{_WAITING}{adapter}."
+        taken = {key.removeprefix(start): state.pop(key) for key in list(state) if key.startswith(start)}
+        buffers.clear()
+        buffers |= {name: buffer.clone() for name, buffer in taken.items()}
 
 
 def _forgive_weights(model: Any, incompatible: Any) -> None:
@@ -51,6 +71,12 @@ def _forgive_weights(model: Any, incompatible: Any) -> None:
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in own]
     if model.tuning is not None and not model.tuning.suspended:
         model.tuning.write_back()
+
+
+def _waiting(model: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the buffers of trainable adapters that are not in the model, by adapter."""
+    tunings = {name: model._adapters.tuning(name) for name in model._adapters}
+    return {name: t.waiting_buffers for name, t in tunings.items() if t is not None and t.suspended}
 
 
 def _weights_in(model: Any, state: dict[str, Any], prefix: str) -> list[str]:

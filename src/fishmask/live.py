@@ -64,6 +64,7 @@ def hook_optimizers() -> None:
         refuse_retired(optimizer)
         _refuse_idle(optimizer)
         for tuning in _trained_by(optimizer):
+            tuning._check_present()
             tuning._stepping = True  # a closure runs forwards inside the step
 
     def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

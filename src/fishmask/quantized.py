@@ -167,12 +167,13 @@ class QuantizedWeight:
         """
         if (reason := self.unfit()) is not None:
             raise FishError(f"entries of this weight cannot be replaced: {reason}")
-        keep_layout(self.module)
-        side = self._side()
-        if side is None:
-            side = Side.install(self.module)
-            side.follow(self)
-        side.put(self, indices.to(self.device), values.detach().to(self.device, torch.float32))
+        with torch.inference_mode(False), torch.no_grad():
+            keep_layout(self.module)
+            side = self._side()
+            if side is None:
+                side = Side.install(self.module)
+                side.follow(self)
+            side.put(self, indices.to(self.device), values.detach().to(self.device, torch.float32))
 
     def _side(self) -> Side | None:
         side = side_of(self.module)

@@ -63,6 +63,7 @@ class Turns:
         self._mutex = threading.Lock()
         self._holders: Counter[int] = Counter()  # turns by thread
         self._queue: deque[_Ticket] = deque()
+        self._open: set[_Hold] = set()
 
     def held(self) -> _Hold | None:
         """Return this context's turn, or None."""
@@ -83,6 +84,8 @@ class Turns:
         thread = threading.get_ident()
         with self._mutex:
             if self._queue or not self._fits(wanted):
+                self._end_dead()
+            if self._queue or not self._fits(wanted):
                 if thread not in self._holders:
                     self._wait(_Ticket(wanted, thread, threading.Condition(self._mutex)))
                 elif not self._is(wanted):
@@ -96,18 +99,31 @@ class Turns:
             else:
                 self._admit(wanted, thread)
         hold = _Hold(self, wanted, thread)
+        self._open.add(hold)
         _holds.set((*(h for h in _holds.get() if not h.over), hold))
         return hold
 
     def leave(self, hold: _Hold) -> None:
         """End a turn."""
-        hold.over, hold.caller = True, None
         with self._mutex:
-            self._holders[hold.thread] -= 1
-            if not self._holders[hold.thread]:
-                del self._holders[hold.thread]
+            self._end(hold)
             self._call_next()
         _holds.set(tuple(h for h in _holds.get() if not h.over))
+
+    def _end(self, hold: _Hold) -> None:
+        """Count a turn as ended; with the mutex."""
+        if hold.over:
+            return
+        hold.over, hold.caller = True, None
+        self._open.discard(hold)
+        self._holders[hold.thread] -= 1
+        if not self._holders[hold.thread]:
+            del self._holders[hold.thread]
+
+    def _end_dead(self) -> None:
+        """End the turns of forwards that an interrupt ended: PyTorch calls no hook then."""
+        for hold in [hold for hold in self._open if hold.forwards and not _is_running(hold)]:
+            self._end(hold)
 
     @contextmanager
     def at(self, wanted: object) -> Iterator[None]:
@@ -128,7 +144,10 @@ class Turns:
         self._queue.append(ticket)
         try:
             while not (ticket.admitted or (self._queue[0] is ticket and self._fits(ticket.wanted))):
-                ticket.called.wait()
+                self._end_dead()
+                if self._queue[0] is ticket and self._fits(ticket.wanted):
+                    break
+                ticket.called.wait(1.0)  # nobody calls for a turn that an interrupt has ended
         except BaseException:
             if ticket.admitted:
                 self._holders[ticket.thread] -= 1
@@ -249,10 +268,10 @@ def _caller() -> FrameType | None:
 
 
 def _is_running(hold: _Hold) -> bool:
-    """Whether the forward that has taken a turn runs still: PyTorch calls no hook after an interrupt."""
-    if hold.caller is None or hold.thread != threading.get_ident():
+    """Whether the forward that has taken a turn runs still, in its own thread."""
+    if hold.caller is None:
         return True
-    frame: FrameType | None = sys._getframe(1)
+    frame = sys._current_frames().get(hold.thread)
     while frame is not None and frame is not hold.caller:
         frame = frame.f_back
     return frame is not None

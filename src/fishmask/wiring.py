@@ -86,6 +86,17 @@ class Wiring:
         self._forwards += 1
         return self._forwards & (self._forwards - 1) == 0
 
+    def check(self) -> None:
+        """Raise FishError if a weight with entries is no longer the model's."""
+        if self._shards is not None:
+            return
+        present = {id(p) for p in self._model.parameters()}
+        if gone := [name for name in self._entries if id(self._used(name)) not in present]:
+            raise FishError(
+                f"these weights are not in the model any more: {', '.join(gone)}. Replace modules and resize "
+                "embeddings before attach(); or call detach(), and attach again"
+            )
+
     def begin_forward(self, closely: bool) -> None:
         """Begin to watch for uses of a weight outside its module, if this forward is looked at closely."""
         self._watch.start(closely and not _has_compiled_part(self._model))
