@@ -1,3 +1,4 @@
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -73,8 +74,20 @@ def test_a_name_on_the_hub_is_found_in_its_cache(tmp_path: Path, monkeypatch: py
     delta = fishmask.between("some/tiny", touched(case("bert").make()))
     assert delta.base_name == "some/tiny"
     delta.apply(case("bert").make())
-    with pytest.raises(FishError, match=r"cannot find 'some/other'.*expected a file, a folder or a name on the hub"):
+    with pytest.raises(FishError, match=r"cannot find 'some/other'.*expected a file or a folder, or a name on the hub"):
         fishmask.between("some/other", delta.values)
+
+
+@pytest.mark.parametrize("metadata", ["null", "[]", "5", '"x"', '{"format": null}', '{"format": []}'])
+def test_metadata_that_are_none_are_read_and_others_are_damage(metadata: str, tmp_path: Path) -> None:
+    head = '{"__metadata__":%s,"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' % metadata  # noqa: UP031
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(head)) + head.encode() + struct.pack("<f", 2.0))
+    if metadata == "null":
+        assert fishmask.between({"w": torch.zeros(1)}, file).values["w"].tolist() == [2.0]
+    else:
+        with pytest.raises(FishError, match=r"model\.safetensors is damaged or no safetensors file"):
+            fishmask.between({"w": torch.zeros(1)}, file)
 
 
 def test_a_new_head_is_kept_whole_and_names_are_mapped(tmp_path: Path) -> None:

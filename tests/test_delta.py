@@ -17,6 +17,7 @@ from fishmask import FishError, Mask
 from fishmask.applied import _history
 from fishmask.delta import Delta, load
 from fishmask.fingerprint import Base, fingerprint, raw_bits, tensor_hash
+from fishmask.hub import ADAPTER_FILE, adapter_folder
 from tests.cases import CASES, Case, case
 
 INTEGERS = {torch.float64: "i8", torch.float32: "i4", torch.bfloat16: "i2", torch.float16: "i2"}
@@ -140,6 +141,28 @@ def test_conversion_refuses_overflow_by_name(tmp_path: Path) -> None:
         delta.save(tmp_path / "delta", values_dtype=torch.float16)
     assert not list(tmp_path.iterdir())
     delta.save(tmp_path / "delta", values_dtype=torch.bfloat16)
+
+
+def test_an_adapter_on_the_hub_is_found_whatever_is_in_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = mlp(), changed(mlp())
+    place = tmp_path / "models--some--tiny-v1.0"
+    for folder in ("refs", f"snapshots/{'a' * 40}/task"):
+        (place / folder).mkdir(parents=True)
+    (place / "refs" / "main").write_text("a" * 40)
+    for folder in (".", "task"):
+        Delta.between(base, tuned).save(place / "snapshots" / ("a" * 40) / folder / ADAPTER_FILE)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    load(base, "some/tiny-v1.0")
+    assert bits(base) == bits(tuned)
+    with pytest.raises(FishError, match=r"cannot find an adapter at 'some/tiny-v2\.0': .*or a name on the hub"):
+        load(base, "some/tiny-v2.0")
+    with pytest.raises(FileNotFoundError):
+        load(base, "some/tiny.safetensors")
+    with pytest.raises(FishError, match="has no subfolder missing; it has adapters in subfolders: task"):
+        adapter_folder(place / "snapshots" / ("a" * 40), subfolder="missing")
 
 
 def test_save_refuses_unknown_options(tmp_path: Path) -> None:

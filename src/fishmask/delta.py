@@ -308,8 +308,8 @@ def load(model: nn.Module, path: str | PathLike[str], *, revision: str | None = 
     from fishmask.hub import adapter_folder, delta_in
 
     file = Path(path)
-    # A name on the hub is "somebody/something"; whatever else is missing is a missing file.
-    if file.is_dir() or (not file.exists() and len(file.parts) == 2 and not file.suffix):
+    # A name on the hub is "somebody/something-1.0"; whatever else is missing is a missing file.
+    if file.is_dir() or (not file.exists() and len(file.parts) == 2 and file.suffix != ".safetensors"):
         file = delta_in(adapter_folder(path, **({} if revision is None else {"revision": revision})))
     delta = Delta.load(file)
     delta.apply(model)

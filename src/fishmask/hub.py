@@ -33,24 +33,15 @@ def adapter_folder(source: str | PathLike[str], *, subfolder: str | None = None,
     Raises:
         FishError: There is neither such a folder nor such a name, or no delta in it.
     """
-    folder = Path(source) / (subfolder or "")
+    name, folder = str(source), Path(source) / (subfolder or "")
     if folder.is_dir():
         return folder
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-    except ImportError as error:
-        raise FishError(f"{source} is no folder, and the hub needs transformers: pip install 'fishmask[hf]'") from error
-    try:
-        with suppress(EntryNotFoundError):  # a delta alone can be read too
-            hf_hub_download(str(source), CONFIG_FILE, subfolder=subfolder, **download)
-        return Path(hf_hub_download(str(source), ADAPTER_FILE, subfolder=subfolder, **download)).parent
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FishError(
-            f"cannot find an adapter at {str(source)!r}: {reason} (expected a folder with {ADAPTER_FILE}, or a name on "
-            "the hub)"
-        ) from error
+    if Path(source).is_dir():
+        raise FishError(f"{source} has no subfolder {subfolder}{_adapters_below(Path(source))}")
+    with the_hub(f"an adapter at {name!r}", f"a folder with {ADAPTER_FILE}") as hub:
+        with suppress(hub.errors.EntryNotFoundError):  # a delta alone can be read too
+            hub.hf_hub_download(name, CONFIG_FILE, subfolder=subfolder, **download)
+        return Path(hub.hf_hub_download(name, ADAPTER_FILE, subfolder=subfolder, **download)).parent
 
 
 def delta_in(folder: Path) -> Path:
@@ -62,9 +53,35 @@ def delta_in(folder: Path) -> Path:
     for name in (ADAPTER_FILE, DELTA_FILE):
         if (folder / name).is_file():
             return folder / name
-    below = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_FILE}"))
-    hint = f"; it has adapters in subfolders: {', '.join(below)}" if below else ""
-    raise FishError(f"{folder} holds neither {ADAPTER_FILE} nor {DELTA_FILE}; expected the folder of an adapter{hint}")
+    raise FishError(
+        f"{folder} holds neither {ADAPTER_FILE} nor {DELTA_FILE}; expected the folder of an adapter"
+        f"{_adapters_below(folder)}"
+    )
+
+
+@contextmanager
+def the_hub(wanted: str, local: str) -> Iterator[Any]:
+    """Give ``huggingface_hub``, and turn what it may raise into one error.
+
+    Args:
+        wanted: What is looked for, as the error names it.
+        local: What on this machine was expected else.
+
+    Raises:
+        FishError: There is no such thing on the hub, the hub cannot be reached, or huggingface_hub is missing.
+    """
+    try:
+        import huggingface_hub
+        import huggingface_hub.errors
+    except ImportError as error:
+        raise FishError(
+            f"cannot find {wanted} here, and the hub needs transformers: pip install 'fishmask[hf]'"
+        ) from error
+    kinds = huggingface_hub.errors.HFValidationError, huggingface_hub.errors.HfHubHTTPError, OSError
+    try:
+        yield huggingface_hub
+    except kinds as error:
+        raise FishError(f"cannot find {wanted}: {_reason(error)} (expected {local}, or a name on the hub)") from error
 
 
 def located(name: str) -> str:
@@ -225,7 +242,16 @@ def _one_error(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FishError(
-            f"cannot load {name!r}: {reason} (expected a model folder or a name on the Hugging Face hub)"
+            f"cannot load {name!r}: {_reason(error)} (expected a model folder or a name on the Hugging Face hub)"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error's text, or its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _adapters_below(folder: Path) -> str:
+    below = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_FILE}"))
+    return f"; it has adapters in subfolders: {', '.join(below)}" if below else ""

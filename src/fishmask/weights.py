@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fishmask import applied, container
 from fishmask.errors import FishError
 from fishmask.fingerprint import State, bytes_hash, place, raw_bits, raw_bytes
-from fishmask.hub import located
+from fishmask.hub import located, the_hub
 from fishmask.params import aliases
 from fishmask.quantized import weights
 
@@ -131,7 +131,7 @@ class OnDisk(Weights):
         self.metadata: dict[str, str] = {}
         for number, file in enumerate(files):
             body, head = _header(file)
-            metadata = head.pop("__metadata__", {})
+            metadata = head.pop("__metadata__", None) or {}  # null is none
             if metadata.get("format") == "fishmask":
                 raise FishError(f"{file} holds a {metadata.get('kind')} of fishmask; expected a model's weights")
             self.metadata = metadata if number == 0 else self.metadata
@@ -243,16 +243,8 @@ def locate(source: str | PathLike[str], revision: str | None = None) -> Path:
     path, name = Path(located(str(source))), str(source)
     if path.exists():
         return path
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    except ImportError as error:
-        raise FishError(f"{name} does not exist, and the hub needs transformers: pip install 'fishmask[hf]'") from error
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FishError(f"cannot find {name!r}: {reason} (expected a file, a folder or a name on the hub)") from error
+    with the_hub(repr(name), "a file or a folder") as hub:
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
 
 
 def is_twin(weights: Weights, name: str, names: Iterable[str]) -> bool:
