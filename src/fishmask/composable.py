@@ -114,11 +114,15 @@ def _content(path: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
 
 def _decoded(name: str, coded: Any) -> tuple[torch.Size, Tensor, Tensor]:
     """Return the shape, the flat indices and the values of a tensor, coded or not: the newest version has both."""
+    held = coded if isinstance(coded, Tensor) else coded["values"]
+    if not isinstance(held, Tensor) or held.is_complex():
+        kind = held.dtype if isinstance(held, Tensor) else type(held).__name__
+        raise ValueError(f"the values of {name} are {kind}, expected a tensor of real numbers")
     if isinstance(coded, Tensor):
         dense = coded.to_dense().reshape(-1) if coded.is_sparse else coded.reshape(-1)
         flat = dense.nonzero().view(-1)
         return coded.shape, flat, dense[flat]
-    shape, values = torch.Size(coded["size"]), coded["values"]
+    shape, values = torch.Size(coded["size"]), held
     indices = torch.tensor([int(step) for step in coded["index_steps"]], dtype=torch.int64).cumsum(0)
     if len(indices) and (int(indices[0]) < 0 or bool((indices.diff() < 1).any()) or int(indices[-1]) >= shape.numel()):
         raise ValueError(f"the indices of {name} are out of range for its shape {list(shape)}, or repeat")

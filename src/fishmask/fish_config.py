@@ -72,21 +72,32 @@ class FishConfig(PeftConfig):  # type: ignore[misc]
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.in_use = False  # by a FishModel
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density is a share in (0, 1], got {self.density}")
-        if self.examples < 1:
-            raise ValueError(f"examples must be at least 1, got {self.examples}")
+        number = isinstance(self.density, int | float) and not isinstance(self.density, bool)
+        if not (number and 0 < self.density <= 1):
+            raise ValueError(f"density is a share in (0, 1], got {self.density!r}")
+        for name, least in (("examples", 1), ("seed", None)):
+            own = getattr(self, name)
+            if type(own) is not int or (least is not None and own < least):
+                expected = "a whole number" if least is None else f"a whole number of at least {least}"
+                raise ValueError(f"{name} must be {expected}, got {own!r}")
         for name, known in (
             ("score", _SCORES),
             ("labels", ("given", "expected", "sampled")),
             ("among", ("all", "layers")),
             ("engine", ("auto", "batched", "loop")),
         ):
-            if getattr(self, name) not in known:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("keep", "exclude"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, [getattr(self, name)])
+            own = getattr(self, name)
+            if isinstance(own, str):
+                setattr(self, name, [own])
+            elif own is None and name == "keep":
+                continue
+            elif not isinstance(own, list | tuple) or not all(isinstance(pattern, str) for pattern in own):
+                raise ValueError(f"{name} must be a list of names or patterns, got {own!r}")
+            else:
+                setattr(self, name, list(own))
 
     @property
     def is_prompt_learning(self) -> bool:
