@@ -62,7 +62,7 @@ for to, place in (("composable", "sft"), ("dense", "difference.safetensors"), ("
     torch.testing.assert_close(output(model), output(reference), rtol=1e-3, atol=1e-4)
     print(f"{to}: {done.bytes:,} bytes, {done.inexact} rounded")
 
-done = fishmask.save_merged(NAME, delta, "merged")
+done = fishmask.export_delta(delta, "merged", "merged", base=NAME)
 merged = AutoModel.from_pretrained("merged").eval()
 assert torch.equal(output(merged), output(reference))
 print(f"merged: {done.bytes:,} bytes")

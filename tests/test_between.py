@@ -202,7 +202,7 @@ def test_the_size_of_the_pieces_does_not_matter(size: int, tmp_path: Path, monke
         found = fishmask.between(*paths, k=k)
         assert (found.mask, found.base) == (delta.mask, delta.base)
         assert all(torch.equal(found.values[name], values) for name, values in delta.values.items())
-    fishmask.save_merged(paths[0], wanted[None], tmp_path / "merged")
+    fishmask.export_delta(wanted[None], "merged", tmp_path / "merged", base=paths[0])
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == case("bert").make().state_dict().keys()
     assert fishmask.between(paths[1], tmp_path / "merged").k == 0
 

@@ -1,6 +1,7 @@
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 import fishmask
 import fishmask.fingerprint
-from fishmask import Delta, FishError, Mask, export_delta, import_delta, save_merged
+from fishmask import Delta, FishError, Mask, export_delta, import_delta
 from fishmask.cli import app
 from fishmask.fingerprint import raw_bits
 from fishmask.peft_files import KINDS
@@ -528,7 +529,7 @@ def test_a_merged_folder_is_what_applying_and_saving_gives(form: str, tmp_path: 
     if form == "pickle":
         torch.save(base.state_dict(), tmp_path / "base" / "pytorch_model.bin")
         (tmp_path / "base" / "model.safetensors").unlink()
-    done = save_merged(tmp_path / "base", delta, tmp_path / "merged")
+    done = export_delta(delta, "merged", tmp_path / "merged", base=tmp_path / "base")
     applied(delta).save_pretrained(tmp_path / "reference")
     shards = sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors"))
     if form == "shards":
@@ -554,14 +555,24 @@ def test_a_new_head_and_another_beginning_of_names(tmp_path: Path) -> None:
     tuned.bert.save_pretrained(tmp_path / "unused")
     bert().bert.save_pretrained(tmp_path / "base")
     tuned.config.save_pretrained(tmp_path / "like")
-    rename = {"": "bert."}
-    save_merged(tmp_path / "base", delta, tmp_path / "merged", rename=rename, like=tmp_path / "like")
+    options: dict[str, Any] = {"base": tmp_path / "base", "rename": {"": "bert."}}
+    with pytest.raises(FishError, match=r"like='.*absent' has no config\.json"):
+        export_delta(delta, "merged", tmp_path / "merged", like=tmp_path / "absent", **options)
+    assert not (tmp_path / "merged").exists()
+    export_delta(delta, "merged", tmp_path / "merged", like=tmp_path / "like", **options)
     merged = type(tuned).from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(outputs(merged), outputs(tuned))
-    save_merged(
-        tmp_path / "base", delta, tmp_path / "less", rename=rename, like=tmp_path / "like", ignore="pooler", check=False
-    )
-    assert "bert.pooler.dense.bias" not in load_file(tmp_path / "less" / "model.safetensors")
+
+
+def test_a_merged_folder_within_the_base_is_no_part_of_itself(tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "words.txt").write_text("a b")
+    for place in ("merged", "more/merged"):
+        export_delta(chosen({QUERY: 11}), "merged", tmp_path / place, base=tmp_path)
+        written = {str(path.relative_to(tmp_path / place)) for path in (tmp_path / place).rglob("*") if path.is_file()}
+        assert written == {"model.safetensors", "config.json", "more/words.txt"}
+        shutil.rmtree(tmp_path / place)
 
 
 def test_a_second_copy_of_a_tied_tensor_follows(tmp_path: Path) -> None:
@@ -569,7 +580,7 @@ def test_a_second_copy_of_a_tied_tensor_follows(tmp_path: Path) -> None:
     with torch.no_grad():
         tuned.get_parameter("transformer.wte.weight")[3] += 1
     save_file({name: t.detach().clone() for name, t in base.state_dict().items()}, tmp_path / "model.safetensors")
-    save_merged(tmp_path / "model.safetensors", Delta.between(base, tuned), tmp_path / "merged")
+    export_delta(Delta.between(base, tuned), "merged", tmp_path / "merged", base=tmp_path / "model.safetensors")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert bits(merged) == bits(tuned)
     assert merged.keys() == base.state_dict().keys()
@@ -581,13 +592,20 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path)
     nn.init.zeros_(other.get_parameter(UP))
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(FishError, match=rf"other weights, or the same in another dtype: {UP}"):
-        save_merged(tmp_path / "other", delta, tmp_path / "merged")
+        export_delta(delta, "merged", tmp_path / "merged", base=tmp_path / "other")
     with pytest.raises(FishError, match=rf"missing from .*other: {QUERY}"):
-        save_merged(tmp_path / "other", delta, tmp_path / "merged", rename={"bert.": "roberta."}, check=False)
+        export_delta(
+            delta,
+            "merged",
+            tmp_path / "merged",
+            base=tmp_path / "other",
+            rename={"bert.": "roberta."},
+            check_base=False,
+        )
     assert not (tmp_path / "merged").exists()
-    save_merged(tmp_path / "other", delta, tmp_path / "merged", check=False)
+    export_delta(delta, "merged", tmp_path / "merged", base=tmp_path / "other", check_base=False)
     with pytest.raises(FishError, match="holds a model or an adapter already"):
-        save_merged(tmp_path / "other", delta, tmp_path / "merged", check=False)
+        export_delta(delta, "merged", tmp_path / "merged", base=tmp_path / "other", check_base=False)
     for to in ("shira", "composable", "dense"):
         with pytest.raises(FishError, match="other weights"):
             export_delta(delta, to, tmp_path / "out", base=other)  # type: ignore[arg-type]
@@ -609,6 +627,12 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
         export_delta(delta, "merged", tmp_path, base=bert())
     with pytest.raises(ValueError, match="rename does not apply"):
         export_delta(delta, "shira", tmp_path, base=bert(), rename={"bert.": ""})
+    for to in ("composable", "dense", "tensors", "merged"):
+        with pytest.raises(ValueError, match=f"pad is for shira and supertuning.*apply to {to}"):
+            export_delta(delta, to, tmp_path / "out", base=bert(), pad=True)  # type: ignore[arg-type]
+    for to in ("shira", "composable", "dense"):
+        with pytest.raises(ValueError, match=f"like is for merged models.*apply to {to}"):
+            export_delta(delta, to, tmp_path / "out", base=bert(), like=tmp_path)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="absent does not exist"):
         import_delta(tmp_path / "absent", base=bert())
     with pytest.raises(FishError, match=r"is nothing known; expected adapter_config\.json or pytorch_diff\.bin"):
@@ -619,9 +643,9 @@ _PROBE = """
 import sys
 import fishmask
 from fishmask.measure import peak_memory_bytes
-fishmask.save_merged(sys.argv[1], fishmask.Delta.load(sys.argv[2]), sys.argv[1] + "/out")
+fishmask.export_delta(fishmask.Delta.load(sys.argv[2]), "merged", sys.argv[1] + "/out", base=sys.argv[1])
 before = peak_memory_bytes()
-fishmask.save_merged(sys.argv[3], fishmask.Delta.load(sys.argv[4]), sys.argv[3] + "/out")
+fishmask.export_delta(fishmask.Delta.load(sys.argv[4]), "merged", sys.argv[3] + "/out", base=sys.argv[3])
 print(peak_memory_bytes() - before)
 """
 

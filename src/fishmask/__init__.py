@@ -7,7 +7,6 @@ from fishmask.attach import Tuning, attach
 from fishmask.between import between
 from fishmask.combine import combine
 from fishmask.delta import Delta, load
-from fishmask.dense import save_merged
 from fishmask.errors import FishError, HandshakeError, RoundError
 from fishmask.fisher import fisher, scores
 from fishmask.formats import export_delta, import_delta
@@ -43,7 +42,6 @@ __all__ = [
     "get_fish_model",
     "import_delta",
     "load",
-    "save_merged",
     "scores",
     "sync",
 ]

@@ -150,7 +150,7 @@ def export(
     from fishmask.weights import open_weights
 
     path, loaded = _load(delta)
-    config = path.parent if (path.parent / "config.json").is_file() else None
+    config = path.parent if to == "merged" and (path.parent / "config.json").is_file() else None
     with working("exporting"):
         if to in KINDS:
             source, names = _model(base, path), {}

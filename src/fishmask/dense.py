@@ -17,7 +17,6 @@ from fishmask.container import dtype_name
 from fishmask.delta import Delta
 from fishmask.errors import FishError
 from fishmask.fingerprint import raw_bytes
-from fishmask.params import matching
 from fishmask.publish import replace_file
 from fishmask.weights import INDEX, SINGLE, Header, OnDisk, View, Weights, is_twin, locate, open_weights
 
@@ -67,14 +66,13 @@ class Merged(Weights):
         return piece
 
 
-def save_merged(
-    base: str | PathLike[str],
+def export_merged(
     delta: Delta,
-    output: str | PathLike[str],
+    base: str | PathLike[str],
+    folder: Path,
     *,
     check: bool = True,
     like: str | PathLike[str] | None = None,
-    ignore: str | Iterable[str] = (),
     rename: Mapping[str, str] | None = None,
 ) -> Exported:
     """Write the whole fine-tuned model: the base's folder with a delta applied, shard by shard.
@@ -82,31 +80,32 @@ def save_merged(
     No model is loaded. Configuration and tokenizer are copied, and there are as many shards, of the same names.
 
     Args:
-        base: The base: a folder, a file or a name on the hub.
         delta: The delta.
-        output: The folder to write. It must not hold a model already.
+        base: The base: a folder, a file or a name on the hub.
+        folder: The folder to write. It must not hold a model already; in the base's folder it is no part of the model.
         check: Refuse another base than the delta's; this reads it once more.
         like: A folder whose ``config.json`` replaces that of the base: of a model with another head.
-        ignore: Names or patterns of tensors of the base that are left out.
         rename: New beginnings of the base's names by old ones, as in ``fishmask.between``.
 
     Returns:
         What was written.
 
     Raises:
-        FishError: The delta does not fit the base, a file is damaged, or there is a model at ``output``.
+        FishError: The delta does not fit the base, a file is damaged, there is a model at ``folder``, or no
+            configuration at ``like``.
         OSError: A file cannot be written.
     """
-    place, folder = locate(base), Path(output)
+    place = locate(base)
     source = open_weights(place)
+    if like is not None and not (Path(like) / "config.json").is_file():
+        raise FishError(f"like={str(like)!r} has no config.json; expected the folder of a model with the delta's head")
     if any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*")):
         raise FishError(f"{folder} holds a model or an adapter already; choose another folder, or empty it")
     weights = View(source, rename)
     check_fits(delta, weights, fingerprint=check)
     merged = Merged(weights, delta)
-    left_out = set(matching(weights.headers, [ignore] if isinstance(ignore, str) else list(ignore), "ignore"))
     folder.mkdir(parents=True, exist_ok=True)
-    places = {name: _shard(source, weights.source_name(name)) for name in weights.headers if name not in left_out}
+    places = {name: _shard(source, weights.source_name(name)) for name in weights.headers}
     last = max(places.values(), default=SINGLE)
     places |= dict.fromkeys(merged.new, last)
     metadata = {"format": "pt"} | (source.metadata if isinstance(source, OnDisk) else {})
@@ -251,7 +250,11 @@ def _shard(source: Weights, name: str) -> str:
 
 def _copy_rest(folder: Path, output: Path) -> None:
     """Copy what a model's folder holds besides weights and its description."""
-    skipped = shutil.ignore_patterns(*_NOT_COPIED)
+    matched, own = shutil.ignore_patterns(*_NOT_COPIED), output.resolve()
+
+    def skipped(place: str, names: list[str]) -> set[str]:
+        return matched(place, names) | {name for name in names if (Path(place) / name).resolve() == own}
+
     left = skipped(str(folder), [path.name for path in folder.iterdir()])
     for path in sorted(folder.iterdir()):
         if path.name in left:

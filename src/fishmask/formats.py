@@ -10,7 +10,7 @@ from torch import nn
 from fishmask.additive import Exported, check_fits
 from fishmask.composable import FILE, composable_names, export_composable, import_composable
 from fishmask.delta import Delta
-from fishmask.dense import KEY, export_tensors, import_tensors, save_merged
+from fishmask.dense import KEY, export_merged, export_tensors, import_tensors
 from fishmask.errors import FishError
 from fishmask.hub import CONFIG_FILE
 from fishmask.peft_files import KINDS, export_peft, import_peft, peft_names
@@ -37,14 +37,15 @@ def export_delta(
         delta: The delta.
         to: ``"shira"`` or ``"supertuning"``: an adapter folder for PEFT; ``"composable"``: a folder for
             composable-sft; ``"dense"``: a safetensors file of the differences from the base, whole tensors;
-            ``"tensors"``: one of the changed tensors as they become; ``"merged"``: the folder of the whole model.
+            ``"tensors"``: one of the changed tensors as they become; ``"merged"``: the folder of the whole model,
+            shard by shard, with the base's configuration and tokenizer.
         output: The file or folder to write.
         base: The delta's base without any delta applied: a model, a state dict, a file, a folder or a name on the hub.
             PEFT's formats depend on the kinds of its layers: they need the model. A merged model needs files.
         pad: For PEFT's formats: add entries that change nothing where the counts do not fit.
         check_base: Refuse other weights than those that the delta was made on.
         rename: New beginnings of the base's names by old ones, as in ``fishmask.between``.
-        like: For a merged model: a folder with another ``config.json``.
+        like: For a merged model: a folder whose ``config.json`` replaces the base's: of a model with another head.
 
     Returns:
         What was written, and how many entries come back rounded.
@@ -52,15 +53,19 @@ def export_delta(
     Raises:
         FishError: The delta does not fit the base or the format; the message lists all that does not.
         TypeError: This format needs another kind of base.
-        ValueError: The format is unknown.
+        ValueError: The format is unknown, or an option is not for it.
         OSError: A file cannot be written.
     """
     if to not in get_args(Target):
         raise ValueError(f"to must be one of {', '.join(get_args(Target))}; got {to!r}")
+    if pad and to not in KINDS:
+        raise ValueError(f"pad is for shira and supertuning, whose layers share one setting; it does not apply to {to}")
+    if like is not None and to != "merged":
+        raise ValueError(f"like is for merged models, which have a config.json; it does not apply to {to}")
     if to == "merged":
         if not isinstance(base, str | PathLike):
             raise TypeError("a merged model is written from the base's files: pass a folder or a name on the hub")
-        return save_merged(base, delta, output, check=check_base, rename=rename, like=like)
+        return export_merged(delta, base, Path(output), check=check_base, rename=rename, like=like)
     path = Path(output)
     if to in KINDS and not isinstance(base, nn.Module):
         raise TypeError(f"{KINDS[to].name} depends on the kinds of layers: pass the model itself as the base")
