@@ -1,6 +1,8 @@
 """The settings of an adapter: what they choose, and what their file holds."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from peft import PeftConfig
 
+import fishmask
 from fishmask import FishConfig, FishError, Mask, scores
 from tests.cases import case
 
@@ -125,3 +128,35 @@ def test_configs_in_use_are_no_prompts_and_others_are_not_for_peft() -> None:
         config.is_prompt_learning  # noqa: B018
     get_fish_model(case("mlp").make(), config)
     assert config.is_prompt_learning is False and config.is_adaption_prompt is False
+
+
+_WITHOUT_PEFT = """
+import sys
+sys.modules["peft"] = None
+import fishmask
+assert not {"transformers", "fishmask.fish_model"} & sys.modules.keys()
+from fishmask import *
+assert hasattr(fishmask, "FishModel") and not hasattr(fishmask, "FishModels")
+assert set(fishmask.__all__) < set(dir(fishmask)) and not isinstance(Mask, FishModel)
+for use in (FishConfig, lambda: FishConfig(density=0.1), lambda: FishModel.from_pretrained(1, "x"), get_fish_model):
+    try:
+        use()
+    except FishError as error:
+        print(error)
+"""
+
+
+def test_without_peft_all_names_can_be_imported_and_those_that_need_it_say_so() -> None:
+    done = subprocess.run([sys.executable, "-c", _WITHOUT_PEFT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["adapters with PEFT's verbs need peft: pip install 'fishmask[peft]'"] * 4
+
+
+def test_dir_names_what_is_imported_later_too() -> None:
+    assert set(fishmask.__all__) < set(dir(fishmask))
+    assert [getattr(fishmask, name).__name__ for name in ("FishConfig", "get_fish_model")] == [
+        "FishConfig",
+        "get_fish_model",
+    ]
+    with pytest.raises(AttributeError, match="no attribute 'FishModels'"):
+        fishmask.FishModels  # noqa: B018

@@ -1,5 +1,6 @@
 """fishmask: train a fixed, sparse set of a model's parameters, those with the largest Fisher information."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fishmask import data_parallel, exchange, sync
@@ -47,14 +48,31 @@ __all__ = [
 ]
 
 
+# What needs peft, and the module that it is in. Imported when first asked for: peft and transformers take seconds.
+_LATER = {"FishConfig": "fish_config", "FishModel": "fish_model", "get_fish_model": "fish_model"}
+
+
+class _Missing(type):
+    """A class that stands for one that cannot be imported: its name can be, and using it says what is missing."""
+
+    reason: str
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise FishError(cls.reason)
+
+    def __getattr__(cls, name: str) -> Any:
+        # Python and its tools look for names with underscores themselves.
+        raise AttributeError(name) if name.startswith("_") else FishError(cls.reason)
+
+
 def __getattr__(name: str) -> Any:
-    """Import what needs peft when it is first asked for: peft and transformers take seconds to import."""
-    if name == "FishConfig":
-        from fishmask.fish_config import FishConfig
+    if name not in _LATER:
+        raise AttributeError(f"module 'fishmask' has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"fishmask.{_LATER[name]}"), name)
+    except FishError as error:  # `import *` and `hasattr` are no use of it
+        return _Missing(name, (), {"reason": str(error)})
 
-        return FishConfig
-    if name in ("FishModel", "get_fish_model"):
-        from fishmask import fish_model
 
-        return getattr(fish_model, name)
-    raise AttributeError(f"module 'fishmask' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
