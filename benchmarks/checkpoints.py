@@ -22,7 +22,6 @@ time, which the load of a busy machine reaches less but which leaves the waiting
 import argparse
 import ctypes
 import gc
-import json
 import logging
 import os
 import random
@@ -51,6 +50,7 @@ from torch.optim.lr_scheduler import LinearLR
 from transformers import BertConfig, BertForSequenceClassification
 
 import fishmask
+from benchmarks.record import append, verdict
 from benchmarks.step import fisher_scores, load, make_batch
 from fishmask.measure import environment, peak_memory_bytes
 from fishmask.publish import sync_directory
@@ -463,31 +463,27 @@ def verdicts(lines: list[dict[str, Any]]) -> list[str]:
         f"{model}: the first commit: {statistics.median(ours['first_seconds']):.3f} s, {ours['first_bytes'][0]:,} "
         f"bytes with base and mask; roll back {statistics.median(ours['rollback_seconds']):.4f} s; commit_async "
         f"holds the training up for {call:.4f} s",
-        f"{_verdict(over <= GOALS['overhead'])}: {model}: {over:,} bytes over k values and two moments (at most "
+        f"{verdict(over <= GOALS['overhead'])}: {model}: {over:,} bytes over k values and two moments (at most "
         f"{GOALS['overhead']:,}; with the generators of Python and numpy in use too: {every:,})",
     ]
     for name in (FULL, WEIGHTS) if model == "large" else ():
         times = by_name[name]["save_seconds_all"], ours["save_seconds_all"]
         ratio, least = (middle(times[0]) / middle(times[1]) for middle in (statistics.median, min))
         told.append(
-            f"{_verdict(ratio >= GOALS['times quicker'])}: {model}: durable {ratio:.1f} x quicker than {name} (at "
+            f"{verdict(ratio >= GOALS['times quicker'])}: {model}: durable {ratio:.1f} x quicker than {name} (at "
             f"least {GOALS['times quicker']:g} x; by the least times {least:.1f} x)"
         )
     for name in (COMMIT, ASYNC) if "training" in by_name else ():
         found = by_name["training"][name]
         (slower, error), (processor, its_error) = found["by_the_clock"], found["by_processor_time"]
         decided = abs(slower - GOALS["slowdown"]) > 2 * error
-        reached = _verdict(slower < GOALS["slowdown"]) if decided else "NOT DECIDED"
+        reached = verdict(slower < GOALS["slowdown"]) if decided else "NOT DECIDED"
         told.append(
             f"{reached}: {model}: {name} every {EVERY} steps slows training by {slower:.2%} ± {error:.2%} (standard "
             f"error; less than {GOALS['slowdown']:.0%}); by processor time {processor:.2%} ± {its_error:.2%}; the "
             f"calls themselves take {found['in_the_call']:.2%}"
         )
     return told
-
-
-def _verdict(reached: bool) -> str:
-    return "PASS" if reached else "FAIL"
 
 
 def main() -> None:
@@ -509,12 +505,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             lines = measure(name, args.repeats, args.blocks or 8 * args.repeats, Path(folder))
         console.print(show(lines))
-        for verdict in verdicts(lines):
-            console.print(verdict, highlight=False, soft_wrap=True)
-        if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            with args.output.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+        for told in verdicts(lines):
+            console.print(told, highlight=False, soft_wrap=True)
+        append(args.output, lines)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ are marked so.
 import argparse
 import ctypes
 import gc
-import json
 import logging
 import os
 import statistics
@@ -42,6 +41,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import fishmask
 from benchmarks.network import Link, Sent, Worker, Workers, able, isolate
+from benchmarks.record import append, verdict
 from fishmask.measure import environment
 from fishmask.merge import Mode
 from fishmask.payload import Payload
@@ -448,7 +448,7 @@ def verdicts(lines: list[dict[str, Any]]) -> list[str]:
         allowed = GOALS["of the ring"] * line["ring_bytes"] + GOALS["more bytes"]
         stream = line["bytes"] - HEADERS * line["packets"]
         told.append(
-            f"{_verdict(line['bytes'] <= allowed)}: {about}, {line['method']}, packets of {line['mtu']:,} bytes: "
+            f"{verdict(line['bytes'] <= allowed)}: {about}, {line['method']}, packets of {line['mtu']:,} bytes: "
             f"{line['bytes']:,.0f} bytes per worker and round, {line['bytes'] / line['ring_bytes']:.4f} x the ring "
             f"limit (at most {allowed:,.0f}: {GOALS['of the ring']} x and {GOALS['more bytes']:,} bytes); without the "
             f"headers and acknowledgements of TCP {stream:,.0f} bytes, {stream / line['ring_bytes']:.4f} x"
@@ -459,16 +459,12 @@ def verdicts(lines: list[dict[str, Any]]) -> list[str]:
         dense = by_key[DDP, rate]
         ratio = dense["seconds"] * times(dense) / (line["seconds"] * times(line))
         how = "computed from DDP's bytes" if dense["computed"] else "one step of DDP was measured"
-        goal = _verdict(ratio >= GOALS["times quicker"]) if (line["workers"], rate) == GOAL_LINK else "no goal"
+        goal = verdict(ratio >= GOALS["times quicker"]) if (line["workers"], rate) == GOAL_LINK else "no goal"
         told.append(
             f"{goal}: {about}, {line['method']}, {rate} Mbit/s: {ratio:,.0f} x less time in communication than DDP "
             f"({how}; the goal is {GOALS['times quicker']:g} x with {GOAL_LINK[0]} workers on {GOAL_LINK[1]} Mbit/s)"
         )
     return told
-
-
-def _verdict(reached: bool) -> str:
-    return "PASS" if reached else "FAIL"
 
 
 def main() -> None:
@@ -500,12 +496,9 @@ def main() -> None:
         for size in args.workers:
             lines = list(run(name, size, methods, args.rates, args.longest, apart))
             console.print(show(lines))
-            for verdict in verdicts(lines):
-                console.print(verdict, highlight=False, soft_wrap=True)
-            if args.output:
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                with args.output.open("a") as file:
-                    file.writelines(json.dumps(line) + "\n" for line in lines)
+            for told in verdicts(lines):
+                console.print(told, highlight=False, soft_wrap=True)
+            append(args.output, lines)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Appends one line per length to results/scoring.jsonl.
 """
 
 import argparse
-import json
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
+from benchmarks.record import append
 from fishmask.fisher import fisher
 from fishmask.measure import environment, peak_memory_bytes
 
@@ -138,9 +138,7 @@ def main() -> None:
             "relative_error": error,
             **environment(),
         }
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(RESULTS, [line])
         for name in SCORERS:
             table.add_row(
                 str(tokens),

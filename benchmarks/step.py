@@ -9,7 +9,6 @@ bytes that autograd keeps alive between forward and backward beyond the weights,
 """
 
 import argparse
-import json
 import logging
 import time
 import warnings
@@ -27,6 +26,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 import fishmask
+from benchmarks.record import append
 from fishmask.measure import environment
 
 DENSITY = 0.005
@@ -217,10 +217,7 @@ def main() -> None:
         ]
         Console(width=130).print(show(of_shape, shape, args.threads))
         lines += of_shape
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with args.output.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+    append(args.output, lines)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ round after one to warm up, and every figure is a median over the rounds.
 import argparse
 import copy
 import gc
-import json
 import logging
 import os
 import statistics
@@ -45,6 +44,7 @@ from typing_extensions import override
 
 import fishmask
 from benchmarks.checkpoints import make_model, size_of
+from benchmarks.record import append, verdict
 from benchmarks.step import make_batch
 from fishmask.fingerprint import fingerprint, raw_bits
 from fishmask.measure import environment
@@ -481,19 +481,15 @@ def verdicts(lines: list[dict[str, Any]]) -> list[str]:
     ours = by_name[OURS]
     slower = ours["forward_seconds"] / ours["base_forward_seconds"] - 1
     told = [
-        f"{_verdict(ours['base_entries_changed'] == 0)}: {ours['model']}: the base comes back bit for bit",
-        f"{_verdict(slower <= GOALS['slower forward'])}: {ours['model']}: a forward takes {slower:.1%} longer than the "
+        f"{verdict(ours['base_entries_changed'] == 0)}: {ours['model']}: the base comes back bit for bit",
+        f"{verdict(slower <= GOALS['slower forward'])}: {ours['model']}: a forward takes {slower:.1%} longer than the "
         f"base's (at most {GOALS['slower forward']:.0%})",
         f"{ours['model']}: using() with what is in use already takes {1e6 * ours['using_seconds']:.1f} µs",
     ]
     for name in (MERGED, WHOLE):
         ratio = by_name[name]["switch_seconds"] / ours["switch_seconds"]
-        told.append(f"{_verdict(ratio > 1)}: {ours['model']}: a switch is {ratio:.1f} x quicker than {name}")
+        told.append(f"{verdict(ratio > 1)}: {ours['model']}: a switch is {ratio:.1f} x quicker than {name}")
     return told
-
-
-def _verdict(reached: bool) -> str:
-    return "PASS" if reached else "FAIL"
 
 
 def main() -> None:
@@ -514,12 +510,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             lines = measure(name, args.rounds, Path(folder))
         console.print(show(lines))
-        for verdict in verdicts(lines):
-            console.print(verdict, highlight=False, soft_wrap=True)
-        if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            with args.output.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+        for told in verdicts(lines):
+            console.print(told, highlight=False, soft_wrap=True)
+        append(args.output, lines)
 
 
 if __name__ == "__main__":
