@@ -651,3 +651,8 @@ def test_clustered_masks_cost_less_than_the_entropy_of_random_ones(tmp_path: Pat
     mask = Mask.from_scores({name: scores(shape) for name, shape in shapes.items()}, 0.005)
     full_size_delta(mask).save(tmp_path / "delta")
     assert (tmp_path / "delta").stat().st_size < 4 * mask.k + entropy_bytes(mask.n, mask.k)
+
+
+def test_an_absolute_path_that_is_missing_is_no_name_on_the_hub() -> None:
+    with pytest.raises(FileNotFoundError):
+        load(nn.Linear(1, 1), "/missing")

@@ -309,7 +309,8 @@ def load(model: nn.Module, path: str | PathLike[str], *, revision: str | None = 
 
     file = Path(path)
     # A name on the hub is "somebody/something-1.0"; whatever else is missing is a missing file.
-    if file.is_dir() or (not file.exists() and len(file.parts) == 2 and file.suffix != ".safetensors"):
+    named = len(file.parts) == 2 and not file.is_absolute() and file.suffix != ".safetensors"
+    if file.is_dir() or (named and not file.exists()):
         file = delta_in(adapter_folder(path, **({} if revision is None else {"revision": revision})))
     delta = Delta.load(file)
     delta.apply(model)
