@@ -52,26 +52,10 @@ __all__ = [
 _LATER = {"FishConfig": "fish_config", "FishModel": "fish_model", "get_fish_model": "fish_model"}
 
 
-class _Missing(type):
-    """A class that stands for one that cannot be imported: its name can be, and using it says what is missing."""
-
-    reason: str
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise FishError(cls.reason)
-
-    def __getattr__(cls, name: str) -> Any:
-        # Python and its tools look for names with underscores themselves.
-        raise AttributeError(name) if name.startswith("_") else FishError(cls.reason)
-
-
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'fishmask' has no attribute {name!r}")
-    try:
-        return getattr(import_module(f"fishmask.{_LATER[name]}"), name)
-    except FishError as error:  # `import *` and `hasattr` are no use of it
-        return _Missing(name, (), {"reason": str(error)})
+    return getattr(import_module(f"fishmask.{_LATER[name]}"), name)
 
 
 def __dir__() -> list[str]:
