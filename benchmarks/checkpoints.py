@@ -22,14 +22,12 @@ time, which the load of a busy machine reaches less but which leaves the waiting
 import argparse
 import ctypes
 import gc
-import logging
 import os
 import random
 import shutil
 import statistics
 import tempfile
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,7 +48,7 @@ from torch.optim.lr_scheduler import LinearLR
 from transformers import BertConfig, BertForSequenceClassification
 
 import fishmask
-from benchmarks.record import append, verdict
+from benchmarks.record import add_options, quiet, report, verdict
 from benchmarks.step import fisher_scores, load, make_batch
 from fishmask.measure import environment, peak_memory_bytes
 from fishmask.publish import sync_directory
@@ -490,24 +488,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="rounds, after one to warm up")
     parser.add_argument("--blocks", type=int, help="blocks of training of each kind; by default 8 for each round")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--models", nargs="+", choices=("tiny", "minilm", "large"), default=["minilm", "large"], help="tiny is a check"
-    )
-    parser.add_argument("--folder", type=Path, help="where to write; by default the system's folder of temporary files")
-    parser.add_argument("--output", type=Path, help="append a JSON line per model and method to this file")
+    add_options(parser)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    quiet(args.threads)
     console = Console(width=130)
     for name in args.models:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             lines = measure(name, args.repeats, args.blocks or 8 * args.repeats, Path(folder))
-        console.print(show(lines))
-        for told in verdicts(lines):
-            console.print(told, highlight=False, soft_wrap=True)
-        append(args.output, lines)
+        report(console, show(lines), verdicts(lines), lines, args.output)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import fishmask
 from benchmarks.network import Link, Sent, Worker, Workers, able, isolate
-from benchmarks.record import append, verdict
+from benchmarks.record import quiet, report, verdict
 from fishmask.measure import environment
 from fishmask.merge import Mode
 from fishmask.payload import Payload
@@ -479,9 +479,7 @@ def main() -> None:
     parser.add_argument("--loopback", action="store_true", help="make no namespaces; count on the loopback interface")
     parser.add_argument("--output", type=Path, help="append a JSON line per model, workers, method and link")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    quiet(1)
     console = Console(width=170)
     methods = [method for method in WAYS if method in (OURS, DDP, *args.methods)]
     check_memory(args.models, args.workers)
@@ -495,10 +493,7 @@ def main() -> None:
     for name in args.models:
         for size in args.workers:
             lines = list(run(name, size, methods, args.rates, args.longest, apart))
-            console.print(show(lines))
-            for told in verdicts(lines):
-                console.print(told, highlight=False, soft_wrap=True)
-            append(args.output, lines)
+            report(console, show(lines), verdicts(lines), lines, args.output)
 
 
 if __name__ == "__main__":

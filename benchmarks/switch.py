@@ -20,12 +20,10 @@ round after one to warm up, and every figure is a median over the rounds.
 import argparse
 import copy
 import gc
-import logging
 import os
 import statistics
 import tempfile
 import time
-import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -44,7 +42,7 @@ from typing_extensions import override
 
 import fishmask
 from benchmarks.checkpoints import make_model, size_of
-from benchmarks.record import append, verdict
+from benchmarks.record import add_options, quiet, report, verdict
 from benchmarks.step import make_batch
 from fishmask.fingerprint import fingerprint, raw_bits
 from fishmask.measure import environment
@@ -495,24 +493,14 @@ def verdicts(lines: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2, help="after one to warm up")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--models", nargs="+", choices=("tiny", "minilm", "large"), default=["minilm", "large"], help="tiny is a check"
-    )
-    parser.add_argument("--folder", type=Path, help="where to write; by default the system's folder of temporary files")
-    parser.add_argument("--output", type=Path, help="append a JSON line per model and method to this file")
+    add_options(parser)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    quiet(args.threads)
     console = Console(width=150)
     for name in args.models:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             lines = measure(name, args.rounds, Path(folder))
-        console.print(show(lines))
-        for told in verdicts(lines):
-            console.print(told, highlight=False, soft_wrap=True)
-        append(args.output, lines)
+        report(console, show(lines), verdicts(lines), lines, args.output)
 
 
 if __name__ == "__main__":

@@ -175,12 +175,7 @@ class Adapters:
         if tuning is None:
             self._switch.use(name)
         else:
-            try:
-                tuning.resume()
-            except BaseException:
-                if not tuning.suspended:  # it came half way
-                    tuning.suspend()
-                raise
+            tuning.resume()
         self._inside = name
 
     # --- they come and go ---------------------------------------------------------------------------------------------
