@@ -736,6 +736,30 @@ def test_an_exception_ends_the_turn(error: BaseException) -> None:
     assert not switch._turns._holders
 
 
+def test_who_waits_for_a_forward_that_is_interrupted_goes_on() -> None:
+    model = Failing()
+    switch, _ = switched(model, "a", density=1.0)
+    with switch.using("a"):  # from now on forwards take turns
+        pass
+    waiting = threading.Thread(target=lambda: switch.use("a"))
+
+    class Interrupt(BaseException):
+        """Raised in the forward once somebody waits for its end."""
+
+    def wait(module: nn.Module, args: object) -> None:
+        waiting.start()
+        while not switch._turns._queue:
+            time.sleep(0.01)
+        raise Interrupt
+
+    handle = model.register_forward_pre_hook(wait)
+    with pytest.raises(Interrupt):
+        model(torch.zeros(3))
+    handle.remove()
+    waiting.join(timeout=30)
+    assert not waiting.is_alive() and switch.active == "a"
+
+
 def test_a_change_that_fails_lets_the_next_one_go_on() -> None:
     model = case("mlp").make()
     switch, tuned = switched(model, "a", "b")

@@ -98,8 +98,8 @@ class Turns:
                     self._holders[thread] += 1
             else:
                 self._admit(wanted, thread)
-        hold = _Hold(self, wanted, thread)
-        self._open.add(hold)
+            hold = _Hold(self, wanted, thread)
+            self._open.add(hold)
         _holds.set((*(h for h in _holds.get() if not h.over), hold))
         return hold
 
@@ -144,10 +144,8 @@ class Turns:
         self._queue.append(ticket)
         try:
             while not (ticket.admitted or (self._queue[0] is ticket and self._fits(ticket.wanted))):
-                self._end_dead()
-                if self._queue[0] is ticket and self._fits(ticket.wanted):
-                    break
-                ticket.called.wait(1.0)  # nobody calls for a turn that an interrupt has ended
+                if not ticket.called.wait(1.0):  # nobody calls for a turn that an interrupt has ended
+                    self._end_dead()
         except BaseException:
             if ticket.admitted:
                 self._holders[ticket.thread] -= 1
