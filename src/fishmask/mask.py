@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fishmask import container
+from fishmask.blocks import Block, random_blocks, top_blocks
 from fishmask.errors import FishError
 from fishmask.fingerprint import State, common_tensors, raw_bits
 from fishmask.params import matching
@@ -46,7 +47,13 @@ class Mask:
 
     @classmethod
     def from_scores(
-        cls, scores: Mapping[str, Tensor], density: float, keep: Patterns = (), exclude: Patterns = ()
+        cls,
+        scores: Mapping[str, Tensor],
+        density: float,
+        keep: Patterns = (),
+        exclude: Patterns = (),
+        *,
+        block: Block | None = None,
     ) -> "Mask":
         """Choose the entries with the largest scores over the whole model; ties go to the lowest index.
 
@@ -56,23 +63,37 @@ class Mask:
                 and excluded parameters too, as in the paper.
             keep: Names or patterns (see ``fishmask.params.matching``) of parameters chosen whole, inside the budget.
             exclude: Names or patterns of parameters never chosen from.
+            block: Choose whole blocks by their summed score per entry instead: height and width as a pair or as text
+                such as ``"16x16"``, or ``"rows"`` or ``"columns"`` (see ``fishmask.blocks``).
 
         Returns:
-            The mask, with exactly k entries.
+            The mask, with exactly k entries; of blocks at most k, as many as fit.
 
         Raises:
             ValueError: Non-finite scores, a density outside (0, 1], patterns that match nothing or contradict each
-                other, or a budget that the kept parameters exceed.
+                other, a budget that the kept parameters exceed, or none that has room for a block.
         """
         kept, free, k = budget({name: score.numel() for name, score in scores.items()}, density, keep, exclude)
-        return cls._chosen(scores, kept, top_k({name: scores[name] for name in free}, k))
+        among = {name: scores[name] for name in free}
+        return cls._chosen(scores, kept, top_k(among, k) if block is None else top_blocks(among, k, block))
 
     @classmethod
-    def magnitude(cls, model: Tensors, density: float, keep: Patterns = (), exclude: Patterns = ()) -> "Mask":
+    def magnitude(
+        cls,
+        model: Tensors,
+        density: float,
+        keep: Patterns = (),
+        exclude: Patterns = (),
+        *,
+        block: Block | None = None,
+    ) -> "Mask":
         """Choose the entries with the largest absolute weight; arguments as for ``from_scores``."""
         tensors = _tensors(model)
         kept, free, k = budget({name: tensor.numel() for name, tensor in tensors.items()}, density, keep, exclude)
-        return cls._chosen(tensors, kept, top_k({name: tensors[name] for name in free}, k, magnitude=True))
+        among = {name: tensors[name] for name in free}
+        if block is not None:
+            return cls._chosen(tensors, kept, top_blocks(among, k, block, magnitude=True))
+        return cls._chosen(tensors, kept, top_k(among, k, magnitude=True))
 
     @classmethod
     def random(
@@ -82,11 +103,19 @@ class Mask:
         seed: int,
         keep: Patterns = (),
         exclude: Patterns = (),
+        *,
+        block: Block | None = None,
     ) -> "Mask":
-        """Choose entries at random, every subset equally likely; the other arguments are as for ``from_scores``."""
+        """Choose entries at random, every subset equally likely; the other arguments are as for ``from_scores``.
+
+        With ``block`` every order of the blocks is equally likely, and those that fit are taken in that order.
+        """
         tensors = _tensors(model)
         sizes = {name: tensor.numel() for name, tensor in tensors.items()}
         kept, free, k = budget(sizes, density, keep, exclude)
+        if block is not None:
+            shapes = {name: tensors[name].shape for name in free}
+            return cls._chosen(tensors, kept, random_blocks(shapes, k, block, seed))
         return cls._chosen(tensors, kept, random_k({name: sizes[name] for name in free}, k, seed))
 
     @classmethod

@@ -114,17 +114,26 @@ class Keys:
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """Yield the keys of one tensor."""
-        integer = torch.int64 if self.width == 64 else torch.int32
         for part in _parts(self.scores[name]):
-            values = part.to(self.dtype)
-            values = values.abs() if self.magnitude else values + 0.0  # either makes -0.0 a 0.0
-            bits = values.view(integer)
-            # The bits of negative floats grow towards minus infinity: turn all but the sign round.
-            yield bits ^ ((bits >> (self.width - 1)) & torch.iinfo(integer).max)
+            yield self.keys(part)
+
+    def weighted(self, name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the keys of one tensor, and how much each of them counts; None where each is one entry."""
+        for keys in self.chunks(name):
+            yield keys, None
+
+    def keys(self, part: Tensor) -> Tensor:
+        """Return the keys of some scores."""
+        integer = torch.int64 if self.width == 64 else torch.int32
+        values = part.to(self.dtype)
+        values = values.abs() if self.magnitude else values + 0.0  # either makes -0.0 a 0.0
+        bits = values.view(integer)
+        # The bits of negative floats grow towards minus infinity: turn all but the sign round.
+        return bits ^ ((bits >> (self.width - 1)) & torch.iinfo(integer).max)
 
 
 def histogram(source: Keys, prefix: int, shift: int) -> Tensor:
-    """Count the digit at ``shift`` among the keys whose higher digits equal ``prefix``.
+    """Count the digit at ``shift`` among the keys whose higher digits equal ``prefix``, each as often as it counts.
 
     Counts over parts of the scores add up to the counts over all of them, so workers that each hold a part can
     all-reduce this tensor and go on with the same threshold.
@@ -135,12 +144,14 @@ def histogram(source: Keys, prefix: int, shift: int) -> Tensor:
     counts = torch.zeros(_BINS, dtype=torch.int64)
     highest = shift == source.width - _DIGIT
     for name in source.scores:
-        for keys in source.chunks(name):
+        for keys, weights in source.weighted(name):
             if highest:
                 digits = (keys >> shift) + _BINS // 2  # the signed digit, moved to start at 0
             else:
-                digits = (keys[(keys >> (shift + _DIGIT)) == prefix] >> shift) & (_BINS - 1)
-            counts += torch.bincount(digits, minlength=_BINS).cpu()
+                within = (keys >> (shift + _DIGIT)) == prefix
+                digits = (keys[within] >> shift) & (_BINS - 1)
+                weights = None if weights is None else weights[within]
+            counts += torch.bincount(digits, weights, minlength=_BINS).cpu().to(torch.int64)
     return counts
 
 
