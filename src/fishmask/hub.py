@@ -1,5 +1,6 @@
 """Models, tokenizers and adapters in folders or on the Hugging Face hub, found the same way everywhere."""
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -165,6 +166,37 @@ def load_like(base: str, folder: str | Path | None = None) -> Any:
             transformers.AutoConfig.from_pretrained(base)  # the quickest way to learn that there is no such model
             model = model_class.from_pretrained(base, config=config, ignore_mismatched_sizes=True)
     return model.eval()
+
+
+def without_weights(source: Any) -> Any:
+    """Make a model of transformers on the meta device, where tensors have sizes and no data.
+
+    Args:
+        source: A configuration, or the name of a model whose configuration is read: a folder or a name on the hub.
+
+    Returns:
+        A causal language model or one for classification of tokens where the configuration names such a class, else
+        one for classification of sequences. ``model.config.dtype`` may be None.
+
+    Raises:
+        FishError: transformers is missing, there is no such model, or it is quantized.
+    """
+    transformers = _transformers()
+    name = located(str(source)) if isinstance(source, str | PathLike) else type(source).__name__
+    with _quiet(transformers), _one_error(name):
+        named = isinstance(source, str | PathLike)
+        config = transformers.AutoConfig.from_pretrained(name) if named else copy.copy(source)
+        if getattr(config, "quantization_config", None) is not None:
+            raise FishError(f"{name} is quantized: give the configuration of the model before that")
+        kind = (config.architectures or [""])[0]
+        if kind.endswith(("ForCausalLM", "LMHeadModel")):
+            family = transformers.AutoModelForCausalLM
+        elif kind.endswith("ForTokenClassification"):
+            family = transformers.AutoModelForTokenClassification
+        else:  # that of most encoders is the one they were pretrained with
+            family = transformers.AutoModelForSequenceClassification
+        with torch.device("meta"):
+            return family.from_config(config)
 
 
 def load_tokenizer(name: str) -> Any:
