@@ -10,6 +10,7 @@ from fishmask.combine import combine
 from fishmask.delta import Delta, load
 from fishmask.errors import FishError, HandshakeError, RoundError
 from fishmask.fisher import fisher, scores
+from fishmask.forecast import forecast
 from fishmask.formats import export_delta, import_delta
 from fishmask.log import CheckpointLog
 from fishmask.mask import Mask
@@ -40,6 +41,7 @@ __all__ = [
     "exchange",
     "export_delta",
     "fisher",
+    "forecast",
     "get_fish_model",
     "import_delta",
     "load",

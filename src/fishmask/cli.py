@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fishmask import __version__, cli_checkpoints, cli_delta, cli_glue, cli_mask, cli_rounds, cli_train
+from fishmask import __version__, cli_checkpoints, cli_delta, cli_glue, cli_mask, cli_plan, cli_rounds, cli_train
 from fishmask.console import Group, bars, print_json, report
 
 EPILOG = "Exit codes: 0 done, 1 cannot be done (one line on stderr says why), 2 not understood."
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("score", no_args_is_help=True)(cli_mask.score)
 app.add_typer(cli_mask.app, name="mask")
+app.command("plan", no_args_is_help=True)(cli_plan.plan)
 app.command("train", no_args_is_help=True)(cli_train.train)
 app.command("predict", no_args_is_help=True)(cli_train.predict)
 app.add_typer(cli_delta.app, name="delta")

@@ -18,7 +18,20 @@ from fishmask.errors import FishError
 
 UNMET, USAGE = 1, 2
 _MOST_BARS = 12
-ORDER = ("demo", "score", "mask", "train", "predict", "delta", "checkpoints", "rounds", "plot", "glue", "report")
+ORDER = (
+    "demo",
+    "score",
+    "mask",
+    "plan",
+    "train",
+    "predict",
+    "delta",
+    "checkpoints",
+    "rounds",
+    "plot",
+    "glue",
+    "report",
+)
 
 
 class Group(typer.core.TyperGroup):

@@ -54,6 +54,8 @@ def _copied(model: nn.Module) -> nn.Module:
 
 def _dtype_on_disk(source: Any) -> torch.dtype | None:
     """Return the dtype of a folder's weights; None where they are not at hand."""
+    if not isinstance(source, str | PathLike):
+        return None
     folder = Path(located(str(source)))
     if not folder.is_dir() or not any(folder.glob("*.safetensors")):
         return None

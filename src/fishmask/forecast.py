@@ -152,7 +152,7 @@ def forecast(
         with StandIn(device):
             trained = account(empty, inputs, ledger, method=method, mask=mask, optimizer=optimizer)
     except (NotImplementedError, RuntimeError) as error:
-        if "meta" not in str(error).lower():
+        if isinstance(error, FishError) or "meta" not in str(error).lower():
             raise
         reason = str(error).strip().splitlines()[0]
         raise FishError(
