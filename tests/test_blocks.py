@@ -181,9 +181,7 @@ def test_scores_that_are_none_are_refused() -> None:
 
 
 def test_a_budget_without_room_for_a_block_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"'1x16': the smallest block has 4 entries, but the density leaves room .* 3;"
-    ):
+    with pytest.raises(ValueError, match=r"'1x16': the smallest block has 4 entries, .* room for 3;"):
         Mask.from_scores({"w": torch.rand(5, 20)}, 0.03, block="1x16")
     kept = Mask.from_scores({"w": torch.rand(5, 20), "h": torch.rand(3)}, 3 / 103, keep="h", block="1x16")
     assert kept.k == 3

@@ -167,6 +167,7 @@ def test_movement_chooses_the_entries_that_moved_most(start):
         ({"engine": "loop"}, {"method": "fisher", "engine": "loop"}),
         ({"method": "gradient"}, {"method": "gradient"}),
         ({"method": "snip"}, {"method": "snip"}),
+        ({"block": "rows"}, {"method": "fisher"}),
     ],
 )
 def test_scores_choose_as_the_library_does(start, changes, options):
@@ -175,8 +176,8 @@ def test_scores_choose_as_the_library_does(start, changes, options):
     seen = []
     mask = choose(model, data, recipe, HEAD, lambda *args: seen.append(args))
     unchanged(model, before)
-    batches = data.sample(20, 8, recipe.seed)
-    assert mask == Mask.from_scores(scores(model, batches, examples=20, **options), 0.1, keep=HEAD)
+    batches, block = data.sample(20, 8, recipe.seed), recipe.block or None
+    assert mask == Mask.from_scores(scores(model, batches, examples=20, **options), 0.1, keep=HEAD, block=block)
     assert seen == [("scoring", 8, 20), ("scoring", 16, 20), ("scoring", 20, 20)]
 
 
@@ -188,6 +189,12 @@ def test_masks_without_data(start):
     )
     assert choose(model, data, replace(RECIPE, method="magnitude", exclude=exclude), HEAD) == Mask.magnitude(
         model, 0.1, keep=HEAD, exclude=exclude
+    )
+    assert choose(model, data, replace(RECIPE, method="random", seed=4, block="2x3"), HEAD) == Mask.random(
+        model, 0.1, 4, keep=HEAD, block=(2, 3)
+    )
+    assert choose(model, data, replace(RECIPE, method="magnitude", block="columns"), HEAD) == Mask.magnitude(
+        model, 0.1, keep=HEAD, block="columns"
     )
     biases = choose(model, data, replace(RECIPE, method="biases"), HEAD)
     assert set(biases.indices) == {name for name, _ in model.named_parameters() if name.endswith("bias")} | set(HEAD)

@@ -16,6 +16,7 @@ from fishmask.hub import load_for_training, load_tokenizer
 from fishmask.mask import Mask
 from fishmask.recipe import Recipe
 from fishmask.run import load_run, train_table
+from fishmask.scorefile import read_scores
 from fishmask.train import predict
 from tests import tiny
 
@@ -92,6 +93,22 @@ def test_select_keeps_the_head_unless_told_otherwise(place, tmp_path):
     mask = Mask.load(tmp_path / "c.st")
     assert len(mask.indices["bert.pooler.dense.bias"]) == 32
     assert not any("embeddings" in name for name in mask.indices)
+
+
+def test_blocks_are_chosen_by_select_and_train(place, tmp_path):
+    values, head = read_scores(place / "scores.st")
+    found = answer("mask", "select", place / "scores.st", "--density", 0.1, "--block", "rows", "-o", tmp_path / "b.st")
+    expected = Mask.from_scores(values, 0.1, keep=head, block="rows")
+    assert Mask.load(tmp_path / "b.st") == expected != Mask.load(place / "mask.st")
+    assert found["entries"] == expected.k <= 0.1 * found["of"]
+    options = ("--method", "magnitude", "--density", 0.1, "--epochs", 1, "--block", "4x4", "-o", tmp_path / "r")
+    call("train", place / "model", place / "train.tsv", *options)
+    base = load_for_training(str(place / "model"), ("bad", "good")).model
+    chosen = Mask.magnitude(base, 0.1, keep=head, block=(4, 4))
+    assert Delta.load(tmp_path / "r" / "delta.safetensors").mask == chosen
+    refused = refusal("mask", "select", place / "scores.st", "--block", "16", "-o", tmp_path / "n.st", code=2)
+    assert "block must be 'rows', 'columns', or height and width" in refused
+    assert not (tmp_path / "n.st").exists()
 
 
 def test_show_and_overlap_count_entries(place, tmp_path):

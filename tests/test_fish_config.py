@@ -72,6 +72,9 @@ def test_a_config_of_another_method_is_refused(tmp_path: Path) -> None:
         ({"score": "best"}, "score must be one of fisher, .*, got 'best'"),
         ({"labels": "own"}, "labels must be one of"),
         ({"among": "heads"}, "among must be one of"),
+        ({"block": "16"}, "block must be 'rows', 'columns', or height and width"),
+        ({"block": (16, 16)}, "block must be text such as"),
+        ({"block": "rows", "score": "biases"}, "takes none"),
         ({"engine": "gpu"}, "engine must be one of"),
         ({"task_type": "COOKING"}, "Invalid task type"),
     ],
@@ -94,6 +97,12 @@ def test_what_is_chosen() -> None:
         ({"score": "random", "task_type": "SEQ_CLS", "keep": []}, Mask.random(model, 0.2, 0)),
         ({"score": "random", "task_type": "CAUSAL_LM"}, Mask.random(model, 0.2, 0)),
         ({"score": "random", "exclude": "embeddings"}, Mask.random(model, 0.2, 0, exclude=["embeddings"])),
+        ({"score": "random", "block": "2x2"}, Mask.random(model, 0.2, 0, block=(2, 2))),
+        ({"score": "magnitude", "block": "rows"}, Mask.magnitude(model, 0.2, block="rows")),
+        (
+            {"score": "fisher", "examples": 8, "block": "columns"},
+            Mask.from_scores(scores(model, batches, examples=8), 0.2, block="columns"),
+        ),
         ({"score": "fisher", "examples": 8}, Mask.from_scores(scores(model, batches, examples=8), 0.2)),
         (
             {"score": "snip", "keep": "classifier", "examples": 12},

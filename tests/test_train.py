@@ -171,6 +171,8 @@ def test_a_loss_that_is_not_finite_stops_the_training(folder, examples):
         ({"epochs": 1.5}, "epochs must be a whole number; got 1.5"),
         ({"seed": -1}, "seed must not be below 0"),
         ({"method": "snip", "labels": "expected"}, "makes every score of method='snip' zero"),
+        ({"block": "16"}, "block must be 'rows', 'columns', or height and width"),
+        ({"method": "narrowing", "block": "rows", "epochs": 3}, "block is for masks chosen by a score"),
         ({"method": "diff", "among": "layers"}, "name what to leave out with exclude"),
         ({"method": "full", "among": "layers"}, "takes none"),
         ({"method": "narrowing", "epochs": 1}, "method='narrowing' .* needs more epochs than that; got epochs=1"),

@@ -34,11 +34,11 @@ def choose(
     Raises:
         ValueError: The method trains no mask.
     """
-    exclude = _excluded(model, recipe, keep)
+    exclude, block = _excluded(model, recipe, keep), recipe.block or None
     if recipe.method == "random":
-        return Mask.random(model, recipe.density, recipe.seed, keep=keep, exclude=exclude)
+        return Mask.random(model, recipe.density, recipe.seed, keep=keep, exclude=exclude, block=block)
     if recipe.method == "magnitude":
-        return Mask.magnitude(model, recipe.density, keep=keep, exclude=exclude)
+        return Mask.magnitude(model, recipe.density, keep=keep, exclude=exclude, block=block)
     if recipe.method == "biases":
         return Mask.biases(model, keep=keep)
     if recipe.method == "movement":
@@ -47,7 +47,7 @@ def choose(
         found = _scores(model, data, recipe, progress)
     else:
         raise ValueError(f"method={recipe.method!r} chooses no entries by itself")
-    return Mask.from_scores(found, recipe.density, keep=keep, exclude=exclude)
+    return Mask.from_scores(found, recipe.density, keep=keep, exclude=exclude, block=block)
 
 
 def _excluded(model: nn.Module, recipe: Recipe, keep: Sequence[str]) -> tuple[str, ...]:

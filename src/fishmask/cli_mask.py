@@ -20,6 +20,9 @@ MaxLength = Annotated[int, typer.Option(help="Cut texts off after so many tokens
 Model = Annotated[str, typer.Argument(help="A local model folder, or a name on the Hugging Face hub.")]
 TrainingData = Annotated[Path, typer.Argument(help="Training examples: .csv, .tsv or .jsonl.")]
 Density = Annotated[float, typer.Option(help="Share of all entries to train, as a fraction: 0.005 is 0.5 %.")]
+Block = Annotated[
+    str | None, typer.Option(help="Choose whole blocks: 1x16, 16x16 or another height and width; rows; columns.")
+]
 MaskFile = Annotated[Path, typer.Argument(help="A mask file, a delta file, or the folder of a training run.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps; auto takes the GPU when there is one.")]
 
@@ -80,11 +83,12 @@ def select(
     density: Density = 0.005,
     keep: Keep = None,
     exclude: Exclude = None,
+    block: Block = None,
     keep_head: Annotated[bool, typer.Option(help="Without --keep: train the new head whole.")] = True,
     output: Annotated[Path, typer.Option("-o", "--output", help="The mask file.")] = Path("mask.safetensors"),
     json: Json = False,
 ) -> None:
-    """Choose the entries with the largest scores over the whole model.
+    """Choose the entries with the largest scores over the whole model, or the blocks with the largest sums per entry.
 
     Example: fishmask mask select scores.safetensors --density 0.005 --exclude pooler -o mask.safetensors
     """
@@ -93,7 +97,7 @@ def select(
 
     values, head = read_scores(scores)
     whole = keep or (head if keep_head else ())
-    mask = Mask.from_scores(values, density, keep=whole, exclude=exclude or ())
+    mask = Mask.from_scores(values, density, keep=whole, exclude=exclude or (), block=block)
     mask.save(output)
     report({"mask": output, **_facts(mask), "kept_whole": list(whole)}, json, "Mask")
 

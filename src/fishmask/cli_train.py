@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fishmask.cli_mask import (
+    Block,
     Density,
     Device,
     Exclude,
@@ -71,6 +72,7 @@ def train(
         Literal["all", "layers"] | None,
         typer.Option(help="Choose among all entries, or among the weight matrices of the layers."),
     ] = None,
+    block: Block = None,
     labels: Annotated[
         Literal["given", "expected", "sampled"], typer.Option(help="Labels of the Fisher score.")
     ] = "given",
@@ -101,7 +103,7 @@ def train(
         "density": density, "batch_size": batch_size, "max_length": max_length, "seed": seed, "clip": clip,
         "weight_decay": weight_decay, "warm_up_head": warm_up_head, "keep": tuple(keep or ()),
         "exclude": tuple(exclude or ()), "labels": labels, "examples": examples, "engine": engine,
-        "precision": precision,
+        "precision": precision, "block": block or "",
     }  # fmt: skip
     if recipe is not None or (method is None and mask is None):
         settings = preset(recipe or "robust", **given)

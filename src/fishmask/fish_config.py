@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from fishmask.blocks import block_size
 from fishmask.choose import outside_of_layers
 from fishmask.errors import FishError
 from fishmask.fisher import Method, scores
@@ -46,6 +47,8 @@ class FishConfig(PeftConfig):  # type: ignore[misc]
             task type has: ``classifier`` or ``score`` for SEQ_CLS and TOKEN_CLS, ``qa_outputs`` for QUESTION_ANS.
         exclude: Names or patterns of parameters never chosen from.
         among: "all" parameters, or the weight matrices of the model's "layers" alone, which did best with "random".
+        block: Choose whole blocks of "16x16" or another height and width, or "rows" or "columns" (``fishmask.blocks``);
+            empty chooses single entries.
         engine: The engine of ``fishmask.fisher``.
         seed: Of "random" and of sampled labels.
 
@@ -65,6 +68,7 @@ class FishConfig(PeftConfig):  # type: ignore[misc]
     keep: list[str] | None = field(default=None)
     exclude: list[str] = field(default_factory=list)
     among: Literal["all", "layers"] = field(default="all")
+    block: str = field(default="")
     engine: Literal["auto", "batched", "loop"] = field(default="auto")
     seed: int = field(default=0)
 
@@ -88,6 +92,12 @@ class FishConfig(PeftConfig):  # type: ignore[misc]
         ):
             if not isinstance(getattr(self, name), str) or getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not isinstance(self.block, str):
+            raise ValueError(f"block must be text such as '16x16', 'rows' or 'columns', got {self.block!r}")
+        if self.block:
+            block_size(self.block)
+            if self.score == "biases":
+                raise ValueError("block is for entries chosen by density; score='biases' takes none")
         for name in ("keep", "exclude"):
             own = getattr(self, name)
             if isinstance(own, str):
@@ -177,10 +187,11 @@ class FishConfig(PeftConfig):  # type: ignore[misc]
         if self.score == "biases":
             return Mask.biases(model, keep=keep)
         exclude = [*self.exclude, *(outside_of_layers(model, keep) if self.among == "layers" else ())]
+        block = self.block or None
         if self.score == "random":
-            return Mask.random(model, self.density, self.seed, keep=keep, exclude=exclude)
+            return Mask.random(model, self.density, self.seed, keep=keep, exclude=exclude, block=block)
         if self.score == "magnitude":
-            return Mask.magnitude(model, self.density, keep=keep, exclude=exclude)
+            return Mask.magnitude(model, self.density, keep=keep, exclude=exclude, block=block)
         if batches is None:
             raise ValueError(
                 f"score={self.score!r} is computed on examples: pass batches, for instance "
@@ -198,4 +209,4 @@ class FishConfig(PeftConfig):  # type: ignore[misc]
             seed=self.seed,
             progress=progress,
         )
-        return Mask.from_scores(found, self.density, keep=keep, exclude=exclude)
+        return Mask.from_scores(found, self.density, keep=keep, exclude=exclude, block=block)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from fishmask.blocks import block_size
+
 Method = Literal[
     "fish",
     "gradient",
@@ -51,6 +53,8 @@ class Recipe:
         exclude: Patterns of parameters never to train.
         among: What may be chosen: "all" entries, or those of the weight matrices in the model's "layers", which leaves
             out embeddings, poolers, norms and biases (see :func:`fishmask.choose.outside_of_layers`).
+        block: Choose whole blocks: height and width such as "16x16", "rows" or "columns" (see :mod:`fishmask.blocks`);
+            empty chooses single entries.
         labels: Whose labels the scores use (see :func:`fishmask.fisher`).
         examples: Training examples to score; all of them when there are fewer.
         engine: How the scores are computed (see :func:`fishmask.fisher`).
@@ -78,6 +82,7 @@ class Recipe:
     keep: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     among: Literal["all", "layers"] = "all"
+    block: str = ""
     labels: Literal["given", "expected", "sampled"] = "given"
     examples: int = 1024
     engine: Literal["auto", "batched", "loop"] = "auto"
@@ -122,6 +127,10 @@ class Recipe:
             raise ValueError(f"labels='expected' makes every score of method={self.method!r} zero; use 'given'")
         if self.method == "diff" and self.among != "all":
             raise ValueError("method='diff' takes no among; name what to leave out with exclude")
+        if self.block:
+            block_size(self.block)
+            if self.method in ("biases", "narrowing", "diff", *MASKLESS):
+                raise ValueError(f"block is for masks chosen by a score; method={self.method!r} takes none")
         if self.method in ("biases", *MASKLESS) and (self.exclude or self.among != "all"):
             raise ValueError(f"exclude and among are for masks chosen by density; method={self.method!r} takes none")
 
