@@ -1,11 +1,14 @@
 """Batches of any shape that a model takes: count their examples, cut them, move them, take one example."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fishmask.fingerprint import describe, element_bytes
 
 Batch = Any  # a dict, a tuple (inputs, targets), or whatever a user's own loss takes
 
@@ -41,6 +44,20 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return value.detach().to(device, copy=True)
 
     return _map(one, batch)
+
+
+def digest(batch: Batch) -> str:
+    """Return SHA-256 (hex) over the tensors of a batch: dtype, shape and bytes of each, in the order they come."""
+    sha = hashlib.sha256()
+    for tensor in _tensors(batch):
+        sha.update(f"{describe(tensor)}\n".encode())
+        sha.update(element_bytes(tensor))
+    return sha.hexdigest()
+
+
+def elements(batch: Batch) -> int:
+    """Return how many numbers a batch holds, which is what scoring it takes time and memory for."""
+    return sum(tensor.numel() for tensor in _tensors(batch))
 
 
 def first_examples(batches: Iterable[Batch], examples: int, device: torch.device) -> Iterator[tuple[int, Batch]]:

@@ -5,6 +5,9 @@ autograd computes derivatives by activations only. A `TorchFunctionMode` sees ea
 records rules for it (`calls`), which turn dY into per-example gradients (`rules`) while the backward runs. No
 [B, O, I] tensor and no .grad is made: memory is the scores, the activations of the batch and one layer of scratch.
 
+Where only some of the parameters are scored (`passes`), calls that use none of those are made as they are: nothing is
+kept for them, and the backward ends at the first parameter that is scored.
+
 Whatever it cannot prove exact it refuses before any score is touched:
 
 - a parameter in a call that has no rule, or in a custom autograd function (found by walking the plain graph);
@@ -31,6 +34,7 @@ from fishmask.errors import FishError
 from fishmask.guards import Guard, same, walk
 from fishmask.likelihoods import Evaluation, Likelihood
 from fishmask.rules import Rule, View
+from fishmask.sums import Sums
 
 # After these the rows of an activation may be in an order that depends on the data (as in mixtures of experts): a trial
 # on one batch would prove nothing about the next.
@@ -49,7 +53,10 @@ class Unsupported(Exception):
 
 
 class Recording(Guard):
-    """Records one forward pass: which calls use which parameter, and what their rules need."""
+    """Records one forward pass: which calls use which scored parameter, and what their rules need.
+
+    The other parameters are known too, since a call may use one of either kind; their rules are not recorded.
+    """
 
     def __init__(
         self,
@@ -74,12 +81,17 @@ class Recording(Guard):
         """Make one call; if it uses a parameter, by its handler."""
         kwargs = kwargs or {}
         self.check(func, args, kwargs)
-        view = self._find(args) or self._find(tuple(kwargs.values()))
-        if view is None:
+        views = [*self._found(args), *self._found(tuple(kwargs.values()))]
+        scored = next((view for view in views if view.name in self._scores), None)
+        if scored is None:
             if func in _REORDERING or _selects(func, args, kwargs):
                 self._reordering = _named(func)
-            return func(*args, **kwargs)
-        before, self._now = self._now, (view.name, _named(func))
+            result = func(*args, **kwargs)
+            if views and func in VIEWS:
+                for part in _tensors(result):
+                    self._views.setdefault(id(part), View(views[0].name, part, lambda whole: whole))
+            return result
+        before, self._now = self._now, (scored.name, _named(func))
         try:
             return self._use(func, args, kwargs)
         finally:
@@ -102,24 +114,22 @@ class Recording(Guard):
             self.refuse("no rule is known for it")  # None: it may have written the parameter into something
         return result  # a shape, a dtype, a flag
 
-    def _find(self, values: Any) -> View | None:
-        """Return the first parameter among ``values``, which may be nested."""
+    def _found(self, values: Any) -> Iterator[View]:
+        """Yield the parameters among ``values``, which may be nested."""
         for value in values:
             if isinstance(value, Tensor):
                 if (view := self._views.get(id(value))) is not None:
-                    return view
+                    yield view
             elif isinstance(value, list | tuple):
-                if (view := self._find(value)) is not None:
-                    return view
-            elif isinstance(value, dict) and (view := self._find(value.values())) is not None:
-                return view
-        return None
+                yield from self._found(value)
+            elif isinstance(value, dict):
+                yield from self._found(value.values())
 
     def _alias(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Look at a parameter in another way, and remember the result as a view of it."""
         source = self.view(args[0]) if args else None
         rest = args[1:]
-        if source is None or self._find(rest) is not None:
+        if source is None or any(self._found(rest)):
             self.refuse("no rule is known for it")
         if func is Tensor.__getitem__ and not _only_slices(rest[0]):
             self.refuse("it is indexed by something else than slices")
@@ -151,13 +161,16 @@ class Recording(Guard):
         return value.detach()
 
     def record(self, out: Tensor, *rules: Rule) -> Tensor:
-        """Return ``out``, wired so that the rules receive its derivative."""
-        if rules and self._reordering:
+        """Return ``out``, wired so that the rules of scored parameters receive its derivative."""
+        scored = [rule for rule in rules if rule.view.name in self._scores]
+        if rules and not scored:
+            return out
+        if scored and self._reordering:
             self.refuse(f"{self._reordering} before it may have changed the order of the examples")
         if not out.requires_grad:
             out = out + torch.zeros((), dtype=out.dtype, device=out.device, requires_grad=True)
-        self.rules += rules
-        out.register_hook(partial(self._receive, list(rules)))
+        self.rules += scored
+        out.register_hook(partial(self._receive, scored))
         return out
 
     def refuse(self, reason: str) -> NoReturn:
@@ -175,22 +188,25 @@ class Recording(Guard):
 
 
 class BatchedEngine:
-    """Adds each example's squared or absolute gradients to the scores, a batch at a time; parameters must be frozen."""
+    """Adds each example's squared or absolute gradients to sums, a batch at a time; parameters must be frozen.
+
+    Args:
+        model: The model.
+        parameters: All its parameters by canonical name.
+        likelihood: What is differentiated.
+        sums: The sums of those parameters that are scored.
+    """
 
     def __init__(
-        self,
-        model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        likelihood: Likelihood,
-        scores: Mapping[str, Tensor],
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], likelihood: Likelihood, sums: Sums
     ) -> None:
-        self.model, self.parameters, self.likelihood, self.scores = model, parameters, likelihood, scores
+        self.model, self.parameters, self.likelihood, self.sums = model, parameters, likelihood, sums
         self._foreign: list[Tensor] = []
         self._trial: int | None = None  # the example whose trial backward runs
         self._examples = 0
         self._uses: Counter[str] = Counter()
         self._waiting: dict[str, list[Rule]] = {}
-        self._buffer = torch.empty(0, device=next(iter(scores.values())).device)
+        self._buffer = torch.empty(0, device=sums.device)
 
     def check(self, batch: Batch, whole: Tensor, alone: Tensor) -> None:
         """Try the engine on a batch of few examples.
@@ -208,12 +224,17 @@ class BatchedEngine:
         """
         reached, custom, self._foreign = walk(alone, self.parameters)
         for name, function in custom.items():
-            raise Unsupported(f"{name} is used by the custom autograd function {function}, and no rule is known for it")
+            if name in self.sums.tensors:
+                raise Unsupported(
+                    f"{name} is used by the custom autograd function {function}, and no rule is known for it"
+                )
         recording, evaluation = self._forward(batch, 0)
-        for name in sorted(reached - {rule.view.name for rule in recording.rules}):
+        for name in sorted((reached & self.sums.tensors.keys()) - {rule.view.name for rule in recording.rules}):
             raise Unsupported(f"{name} is used by code that the batched engine does not see")
         if not same(evaluation.output.detach(), whole, 0.0):
-            raise Unsupported(f"{recording.rules[0].view.name} or others change the output when they are recorded")
+            raise Unsupported(f"{next(iter(self.sums.tensors))} or others change the output when they are recorded")
+        if not evaluation.output.requires_grad:
+            return  # none of the scored parameters has a part in the output
         with self._foreign_gradients_kept():
             for n in range(recording.B):
                 self._try(n, recording, evaluation.output)
@@ -235,7 +256,7 @@ class BatchedEngine:
 
     def _forward(self, batch: Batch, first: int) -> tuple[Recording, Evaluation]:
         self._examples = size(batch)
-        recording = Recording(self.model, self.parameters, self.scores, self._examples, self._receive)
+        recording = Recording(self.model, self.parameters, self.sums.tensors, self._examples, self._receive)
         try:
             with recording:
                 evaluation = self.likelihood(self.model, batch, first)
@@ -269,7 +290,8 @@ class BatchedEngine:
             rule.receive(dY)
             name = rule.view.name
             if self._uses[name] == 1:
-                rule.sum_(self.likelihood.power, rule.view.of(self.scores[name]), self._scratch)
+                with self.sums.adding(name) as total:
+                    rule.sum_(self.likelihood.power, rule.view.of(total), self._scratch)
                 rule.forget()
                 continue
             waiting = self._waiting.setdefault(name, [])
@@ -293,12 +315,12 @@ class BatchedEngine:
 
     def _sum_together(self, name: str, rules: list[Rule]) -> None:
         """Add the gradients of all uses of a parameter, example by example, and take the power of the sum."""
-        scores = self.scores[name]
-        for n in range(self._examples):
-            gradient = self._scratch(scores.shape).zero_()
-            for rule in rules:
-                rule.add_(n, rule.view.of(gradient))
-            self.likelihood.power.add_(scores, gradient)
+        with self.sums.adding(name) as total:
+            for n in range(self._examples):
+                gradient = self._scratch(total.shape).zero_()
+                for rule in rules:
+                    rule.add_(n, rule.view.of(gradient))
+                self.likelihood.power.add_(total, gradient)
         for rule in rules:
             rule.forget()
 

@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from os import PathLike
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,17 +13,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from fishmask.batches import Batch, cut, first_examples, size
-from fishmask.engine_batched import BatchedEngine, Unsupported
-from fishmask.engine_loop import LoopEngine
 from fishmask.errors import FishError
 from fishmask.guards import Guard, check_independence, left_as_found, require_gradients
 from fishmask.likelihoods import Labels, Likelihood, Loss
 from fishmask.params import canonical_parameters
+from fishmask.passes import ScoringPlan
 from fishmask.quantized import dequantized
 from fishmask.rules import ABSOLUTE, SQUARE, Power
+from fishmask.scoring import Engine, Scoring, check_finite, checked_batches
 from fishmask.sharded import refuse
+from fishmask.sums import Place
 
-Engine = Literal["auto", "batched", "loop"]
 Method = Literal["fisher", "absolute", "gradient", "snip", "magnitude", "random"]
 
 
@@ -35,6 +36,9 @@ def fisher(
     loss: Loss | None = None,
     engine: Engine = "auto",
     seed: int = 0,
+    memory: int | None = None,
+    sums: Place = "device",
+    folder: str | PathLike[str] | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """Score every parameter entry by its diagonal Fisher information.
@@ -55,15 +59,22 @@ def fisher(
         engine: "batched" is fast and refuses what it cannot prove exact, "loop" takes one example at a time and
             handles every model, "auto" is "batched" and, where that refuses, a warning and "loop".
         seed: Decides the labels of "sampled", together with the number of the example alone.
+        memory: Bytes that the running sums may take at once, four for each entry. Where those of all parameters take
+            more, the examples are gone through several times, each time for some of the parameters.
+        sums: "device", beside the model, or "cpu", which costs a transfer of the sums for every batch.
+        folder: A folder to keep finished passes in, and from time to time the sums of the one under way. After an
+            interruption the same call goes on from there, to the same bits.
         progress: Show a progress bar on stderr.
 
     Returns:
-        Float32 scores shaped like the parameters, by canonical name.
+        Float32 scores shaped like the parameters, by canonical name. With ``folder`` they are mapped from its files,
+        so they take no memory before they are read; after several passes without one they are on the CPU.
 
     Raises:
         ValueError: An argument or a batch is not what is described here, or there is no example.
         FishError: Dropout is active or BatchNorm uses batch statistics in eval mode; the model
-            or the loss mixes examples; a score is not finite; or ``engine="batched"`` refuses.
+            or the loss mixes examples; a score is not finite; ``engine="batched"`` refuses; the batches of a later
+            pass are others; or ``folder`` holds another scoring.
 
     Example:
         >>> model = nn.Linear(2, 3)
@@ -73,7 +84,55 @@ def fisher(
     """
     likelihood = _checked(model, labels, examples, loss, engine, seed)
     with dequantized(model):
-        return _example_sums(model, batches, likelihood, examples, engine, progress)
+        scoring = Scoring(model, batches, likelihood, examples, engine, memory=memory, place=sums, folder=folder)
+        with closing(scoring), _counter(progress, scoring.steps) as advance:
+            return scoring.run(advance)
+
+
+def scoring_plan(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    method: Literal["fisher", "absolute"] = "fisher",
+    labels: Labels = "given",
+    examples: int = 1024,
+    loss: Loss | None = None,
+    engine: Engine = "auto",
+    seed: int = 0,
+    memory: int | None = None,
+    sums: Place = "device",
+    folder: str | PathLike[str] | None = None,
+) -> ScoringPlan:
+    """Say what a scoring will take before it starts: passes, bytes by parts, and time.
+
+    Every pass is tried on two examples of the largest batch, so a plan takes the time of some ten examples.
+
+    Args:
+        model: As for `fisher`, like all that is not named here.
+        batches: As for `fisher`, but they must be there to be gone through again: a list or a loader.
+        method: "fisher" or "absolute"; see `scores`.
+        labels: As for `fisher`.
+        examples: As for `fisher`.
+        loss: As for `fisher`.
+        engine: As for `fisher`.
+        seed: As for `fisher`.
+        memory: As for `fisher`.
+        sums: As for `fisher`.
+        folder: As for `fisher`; what is finished there already is left out.
+
+    Returns:
+        The plan; ``print`` shows it as a table.
+
+    Raises:
+        ValueError: As for `fisher`, or ``batches`` is an iterator.
+        FishError: As for `fisher`.
+    """
+    power = ABSOLUTE if method == "absolute" else SQUARE
+    likelihood = _checked(model, labels, examples, loss, engine, seed, power)
+    with dequantized(model):
+        scoring = Scoring(model, batches, likelihood, examples, engine, memory=memory, place=sums, folder=folder)
+        with closing(scoring):
+            return scoring.plan()
 
 
 def scores(
@@ -86,6 +145,9 @@ def scores(
     loss: Loss | None = None,
     engine: Engine = "auto",
     seed: int = 0,
+    memory: int | None = None,
+    sums: Place = "device",
+    folder: str | PathLike[str] | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """Score every parameter entry by one of several methods.
@@ -102,6 +164,9 @@ def scores(
         loss: As for `fisher`.
         engine: As for `fisher`; for "gradient" and "snip", "loop" takes examples singly and the others whole batches.
         seed: As for `fisher`, and of "random".
+        memory: As for `fisher`, for "fisher" and "absolute"; so are ``sums`` and ``folder``.
+        sums: As for `fisher`.
+        folder: As for `fisher`.
         progress: As for `fisher`.
 
     Returns:
@@ -114,6 +179,8 @@ def scores(
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
     likelihood = _checked(model, labels, examples, loss, engine, seed, ABSOLUTE if method == "absolute" else SQUARE)
+    if method not in ("fisher", "absolute") and (memory, sums, folder) != (None, "device", None):
+        raise ValueError(f"memory, sums and folder are for the methods 'fisher' and 'absolute', not for {method!r}")
     with dequantized(model):
         parameters = canonical_parameters(model)
         if method == "random":
@@ -123,87 +190,23 @@ def scores(
             }
         if method == "magnitude":
             magnitudes = {name: p.detach().float().abs() for name, p in parameters.items()}
-            _check_finite(magnitudes)
+            check_finite(magnitudes)
             return magnitudes
         if batches is None:
             raise ValueError(f"method={method!r} needs batches; only 'magnitude' and 'random' do without")
         if method in ("fisher", "absolute"):
-            return _example_sums(model, batches, likelihood, examples, engine, progress)
+            scoring = Scoring(model, batches, likelihood, examples, engine, memory=memory, place=sums, folder=folder)
+            with closing(scoring), _counter(progress, scoring.steps) as advance:
+                return scoring.run(advance)
         if labels == "expected":
             raise ValueError(f"labels='expected' makes every score of method={method!r} zero; use 'given' or 'sampled'")
-        sums = _gradient_sums(model, batches, likelihood, examples, 1 if engine == "loop" else None, progress)
+        found = _gradient_sums(model, batches, likelihood, examples, 1 if engine == "loop" else None, progress)
         for name, p in parameters.items():
             if method == "snip":
-                sums[name] *= p.detach().float()
-            sums[name].abs_()
-        _check_finite(sums)
-        return sums
-
-
-def _example_sums(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    likelihood: Likelihood,
-    examples: int,
-    engine: Engine,
-    progress: bool,
-) -> dict[str, Tensor]:
-    """Return the sum over examples of squared or absolute gradients, each example's on its own."""
-    parameters = canonical_parameters(model)
-    with left_as_found(model), _counter(progress, examples) as advance:
-        scores = _zeros(parameters)
-        run = _Run(model, parameters, likelihood, scores, engine)
-        for first, batch in _taken(batches, examples, _device(model)):
-            run.add(batch, first)
-            advance(size(batch))
-    _check_finite(scores)
-    return scores
-
-
-class _Run:
-    """One scoring run: checks the first batch, picks the engine, falls back to the loop at most once."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        parameters: dict[str, nn.Parameter],
-        likelihood: Likelihood,
-        scores: dict[str, Tensor],
-        engine: Engine,
-    ) -> None:
-        self._model, self._likelihood, self._choice = model, likelihood, engine
-        parts = (model, parameters, likelihood, scores)
-        self._loop = LoopEngine(*parts)
-        self._engine: BatchedEngine | LoopEngine = self._loop if engine == "loop" else BatchedEngine(*parts)
-        self._checked_examples = 0
-
-    def add(self, batch: Batch, first: int) -> None:
-        try:
-            if self._checked_examples < min(2, size(batch)):
-                self._check(cut(batch, 0, min(2, size(batch))))
-            require_gradients(self._model, self._engine is self._loop)
-            self._engine.add(batch, first)
-        except Unsupported as reason:
-            if self._choice == "batched":
-                raise FishError(
-                    f"the batched engine cannot score this model exactly: {reason}; use engine='auto' or "
-                    "engine='loop', which takes one example at a time"
-                ) from None
-            name = type(self._model).__name__
-            message = f"{name} is scored one example at a time by the loop engine, because {reason}"
-            warnings.warn(message, UserWarning, stacklevel=4)
-            self._engine = self._loop
-            require_gradients(self._model, True)
-            self._loop.add(batch, first)
-
-    def _check(self, few: Batch) -> None:
-        """Check one example if the first batch has no more, and two as soon as there are two."""
-        self._checked_examples = size(few)
-        require_gradients(self._model, True)
-        whole, alone = check_independence(self._model, few, self._likelihood)
-        if isinstance(self._engine, BatchedEngine):
-            require_gradients(self._model, False)
-            self._engine.check(few, whole, alone)
+                found[name] *= p.detach().float()
+            found[name].abs_()
+        check_finite(found)
+        return found
 
 
 def _gradient_sums(
@@ -287,12 +290,8 @@ def _device(model: nn.Module) -> torch.device:
 
 def _taken(batches: Iterable[Batch], examples: int, device: torch.device) -> Iterator[tuple[int, Batch]]:
     """Yield batches up to ``examples``; warn about fewer, refuse none."""
-    if isinstance(batches, Tensor | dict | str) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"batches must be an iterable of batches, got {type(batches).__name__}; wrap one batch: [batch]"
-        )
     done = 0
-    for first, batch in first_examples(batches, examples, device):
+    for first, batch in first_examples(checked_batches(batches), examples, device):
         yield first, batch
         done = first + size(batch)
     if done == 0:
@@ -300,18 +299,6 @@ def _taken(batches: Iterable[Batch], examples: int, device: torch.device) -> Ite
     if done < examples:
         message = f"only {done} examples were scored, because batches has no more; examples={examples} were asked for"
         warnings.warn(message, UserWarning, stacklevel=4)
-
-
-def _check_finite(scores: dict[str, Tensor]) -> None:
-    # One pass over each tensor; only a sum that is not finite needs the closer look (it may just be large).
-    doubtful = [name for name, score in scores.items() if not bool(score.sum().isfinite())]
-    bad = [name for name in doubtful if not bool(scores[name].isfinite().all())]
-    if bad:
-        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise FishError(
-            f"scores must be finite, but those of {shown} are not: a weight, an input or a gradient is infinite or "
-            "not a number, or too large for its dtype; check the model on this data, or score it in float32"
-        )
 
 
 @contextmanager
