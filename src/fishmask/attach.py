@@ -24,7 +24,7 @@ from fishmask.handshake import agree
 from fishmask.live import LIVE, TRAINERS, hook_optimizers, is_attached
 from fishmask.mask import Mask
 from fishmask.originals import Originals, Present
-from fishmask.params import put, take
+from fishmask.params import placed, put, take
 from fishmask.quantized import QuantizedWeight, settle, untrainable, weights
 from fishmask.sharded import Part, Shards, is_sharded
 from fishmask.sites import Entry, Hook, hook_input_embeddings
@@ -253,7 +253,7 @@ class Tuning:
             raise ValueError(f"{both} of these {mask.k} entries are in the mask, so they are trained here")
         for name, indices in mask.indices.items():
             self.originals.remember(name, parameters[name], indices)
-        self._adopted = {name: indices.to(self._flat.device) for name, indices in mask.indices.items()}
+        self._adopted = {name: placed(flat, parameters[name]) for name, flat in mask.indices.items()}
 
     @torch.no_grad()
     def write_adopted(self, values: Tensor) -> None:
@@ -394,7 +394,7 @@ class Tuning:
             device = parameters[next(iter(self._entries))].device
             self._flat = self._flat.to(device)
             for name, entry, part in zip(self._entries, self._entries.values(), self._parts(), strict=True):
-                entry.weight, entry.indices = parameters[name], entry.indices.to(device)
+                entry.weight, entry.indices = parameters[name], placed(entry.flat, parameters[name])
                 grad, entry.values.grad = entry.values.grad, None
                 entry.values.data = part
                 entry.values.grad = None if grad is None else grad.to(device)
@@ -470,7 +470,7 @@ class Tuning:
         if precision == "values":
             for name, entry in self._entries.items():
                 values[name] = values[name].float()
-                places = torch.searchsorted(touched.indices[name], entry.indices.cpu())
+                places = torch.searchsorted(touched.indices[name], entry.flat)
                 values[name][places.to(entry.indices.device)] = entry.values.detach()
         config = getattr(self.model, "config", None)
         return Delta(
@@ -507,7 +507,7 @@ class Tuning:
 
     def _parts(self) -> tuple[Tensor, ...]:
         """Return the flat vector's parts, one for each parameter with entries."""
-        parts: tuple[Tensor, ...] = self._flat.split([len(entry.indices) for entry in self._entries.values()])
+        parts: tuple[Tensor, ...] = self._flat.split([len(entry.flat) for entry in self._entries.values()])
         return parts
 
     def _check_present(self) -> None:
@@ -578,13 +578,14 @@ class Tuning:
     def _lay_out(self, mask: Mask) -> None:
         """Make the values of ``mask`` from the present weights, and hook the places where their gradient is taken."""
         parameters = self.settled_parameters()
-        device = parameters[next(iter(mask.indices))].device
-        indices = {name: index.to(device) for name, index in mask.indices.items()}
+        indices = {name: placed(flat, parameters[name]) for name, flat in mask.indices.items()}
         self._flat = torch.cat([take(parameters[name], index).float() for name, index in indices.items()])
         values = self._flat.split([len(index) for index in indices.values()])
         self._entries = {
-            name: Entry(parameters[name], index, nn.Parameter(part), _part(parameters[name], index))
-            for (name, index), part in zip(indices.items(), values, strict=True)
+            name: Entry(
+                parameters[name], flat, indices[name], nn.Parameter(part), _part(parameters[name], indices[name])
+            )
+            for (name, flat), part in zip(mask.indices.items(), values, strict=True)
         }
         self._written = self._version()
         for name, entry in self._entries.items():

@@ -17,6 +17,7 @@ def fit(mask: Mask, model: nn.Module, parameters: Mapping[str, nn.Parameter]) ->
     if mask.k == 0:
         raise ValueError("the mask has no entries, so there is nothing to train")
     canonical = aliases(model)
+    shapes_only = all(p.is_meta for p in parameters.values())  # to be run without data, which tells sizes
     faults = []
     for name, indices in mask.indices.items():
         p = parameters.get(canonical.get(name, ""))
@@ -29,7 +30,7 @@ def fit(mask: Mask, model: nn.Module, parameters: Mapping[str, nn.Parameter]) ->
             faults.append(f"{name}: shape {tuple(mask.shapes[name])} in the mask, {tuple(p.shape)} in the model")
         elif int(indices[-1]) >= p.numel():
             faults.append(f"{name}: index {int(indices[-1])} in the mask, {p.numel()} entries in the model")
-        elif p.dtype not in _DTYPES or p.is_meta or p.is_inference():
+        elif p.dtype not in _DTYPES or (p.is_meta and not shapes_only) or p.is_inference():
             made = " made in inference mode" if p.is_inference() else ""
             faults.append(f"{name}: {p.dtype} on {p.device}{made}; must be float32, bfloat16 or float16, in memory")
     faults += [

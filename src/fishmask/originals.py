@@ -26,7 +26,7 @@ class _Original:
     def is_in(self, weight: Tensor | None) -> bool:
         if weight is None or (weight.dtype, weight.device) != (self.bits.dtype, self.bits.device):
             return False
-        return torch.equal(raw_bits(take(weight, self.indices)), raw_bits(self.bits))
+        return _equal(raw_bits(take(weight, self.indices)), raw_bits(self.bits))
 
 
 @dataclass
@@ -172,7 +172,7 @@ class Originals:
         return {
             name: buffer.detach().clone()
             for name, buffer in persistent_buffers(model).items()
-            if name not in self._buffers or not torch.equal(_bytes(buffer), _bytes(self._buffers[name]))
+            if name not in self._buffers or not _equal(_bytes(buffer), _bytes(self._buffers[name]))
         }
 
 
@@ -191,9 +191,15 @@ def _sum(tensor: Tensor | QuantizedWeight) -> int:
         return tensor.checksum()
     if is_sharded(tensor):
         return total(tensor, _sum(local_rows(tensor)))
+    if tensor.is_meta:
+        return 0  # it has no bits
     bits = raw_bits(tensor.detach())
     # On the CPU numpy adds narrow integers eight times quicker than PyTorch, and `attach` waits for this.
     return int(bits.numpy().sum(dtype="int64") if bits.device.type == "cpu" else bits.sum(dtype=torch.int64))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.is_meta or torch.equal(one, other)  # without data nothing has changed
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class Outer:
     def step(self, anchor: Tensor, merged: Tensor) -> Tensor:
         """Return where a step from ``anchor`` leads whose gradient is ``anchor - merged``; all are float32 [k]."""
         entries = list(self._entries.values())
-        sizes = [len(entry.indices) for entry in entries]
+        sizes = [len(entry.flat) for entry in entries]
         starts, gradients = anchor.split(sizes), (anchor - merged).split(sizes)
         with torch.no_grad():
             for entry, start, gradient in zip(entries, starts, gradients, strict=True):
@@ -61,9 +61,8 @@ class Outer:
 
 
 def _entries(mask: Mask, values: Tensor) -> dict[str, Entry]:
-    indices = {name: index.to(values.device) for name, index in mask.indices.items()}
-    parts = values.split([len(index) for index in indices.values()])
+    parts = values.split([len(flat) for flat in mask.indices.values()])
     return {
-        name: Entry(held := nn.Parameter(part.clone()), index, held)
-        for (name, index), part in zip(indices.items(), parts, strict=True)
+        name: Entry(held := nn.Parameter(part.clone()), flat, flat.to(values.device), held)
+        for (name, flat), part in zip(mask.indices.items(), parts, strict=True)
     }

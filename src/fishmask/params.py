@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from fishmask import sharded
 
+_REACH = torch.iinfo(torch.int32).max
+
 
 def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the floating-point parameters of ``model`` by canonical name, in module order, tied ones once.
@@ -40,8 +42,22 @@ def aliases(model: nn.Module) -> dict[str, str]:
     return {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
 
 
+def placed(indices: Tensor, tensor: Tensor) -> Tensor:
+    """Return flat indices (int64, on the CPU) of ``tensor`` on its device, where they are kept for as long as training.
+
+    On the CPU they are the same memory. Elsewhere they are a copy, in int32 where that reaches all entries; what
+    serves quantized and sharded weights counts in int64.
+    """
+    device = tensor.device
+    plain = isinstance(tensor, Tensor) and not sharded.is_sharded(tensor)
+    if device.type == "cpu" or not plain or tensor.numel() > _REACH:
+        return indices.to(device)
+    return indices.to(torch.int32).to(device)
+
+
 def put(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
     """Write ``values`` to flat indices of ``tensor``, in place, whatever its strides; sorted ones if it is sharded."""
+    indices = indices.long()  # no copy where they are
     if not isinstance(tensor, Tensor):  # a QuantizedWeight
         tensor.put(indices, values)
     elif sharded.is_sharded(tensor):
@@ -61,7 +77,7 @@ def take(tensor: Tensor, indices: Tensor) -> Tensor:
         return tensor.take(indices)
     if sharded.is_sharded(tensor):
         return sharded.take(tensor, indices.to(tensor.device))
-    return tensor.detach().take(indices.to(tensor.device))
+    return tensor.detach().take(indices.to(tensor.device, torch.int64))
 
 
 def find(indices: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,8 @@ class Entry:
     """The masked entries of one parameter."""
 
     weight: nn.Parameter
-    indices: Tensor  # int64 [K], sorted flat indices, on the weight's device
+    flat: Tensor  # int64 [K], sorted flat indices: the mask's own, on the CPU
+    indices: Tensor  # the same on the weight's device, as `placed` gives them
     values: nn.Parameter  # float32 [K]
     part: Part | None = None  # this rank's, of a sharded weight
 
@@ -166,7 +167,7 @@ class LinearSite(Site):
         self.transposed = transposed
         self.compact = False
         if weight is not None:
-            self.plan = ProductPlan(weight.indices.cpu(), weight.weight.shape, device=weight.weight.device)
+            self.plan = ProductPlan(weight.flat, weight.weight.shape, device=weight.weight.device)
             used = self.plan.rows if transposed else self.plan.columns
             in_features = weight.weight.shape[0 if transposed else 1]
             self.compact = used is not None and len(used) <= _KEEP_COMPACT * in_features
@@ -203,9 +204,7 @@ class ConvolutionSite(Site):
         self.dims = module.weight.dim()
         self.compact = False
         if weight is not None:
-            self.plan = ConvolutionPlan(
-                weight.indices.cpu(), module.weight.shape, module.groups, device=module.weight.device
-            )
+            self.plan = ConvolutionPlan(weight.flat, module.weight.shape, module.groups, device=module.weight.device)
             used = self.plan.inputs
             self.compact = used is not None and len(used) <= _KEEP_COMPACT * module.in_channels
 
@@ -234,7 +233,7 @@ class EmbeddingSite(Site):
     def __init__(self, weight: Entry, padding_idx: int | None) -> None:
         super().__init__(weight, None)
         device = weight.weight.device
-        self.plan = LookupPlan(weight.indices.cpu(), weight.weight.shape, padding_idx=padding_idx, device=device)
+        self.plan = LookupPlan(weight.flat, weight.weight.shape, padding_idx=padding_idx, device=device)
 
     @override
     def weight_gradient(self, grad: Tensor, kept: Tensor) -> Tensor:
