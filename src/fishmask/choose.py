@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fishmask.attach import attach
+from fishmask.compute import step_costs
 from fishmask.data import Encoded
 from fishmask.fisher import scores
 from fishmask.loop import Descent, Progress, no_progress, other_batches
@@ -34,7 +35,7 @@ def choose(
     Raises:
         ValueError: The method trains no mask.
     """
-    exclude, block = _excluded(model, recipe, keep), recipe.block or None
+    exclude, block = _excluded(model, data, recipe, keep), recipe.block or None
     if recipe.method == "random":
         return Mask.random(model, recipe.density, recipe.seed, keep=keep, exclude=exclude, block=block)
     if recipe.method == "magnitude":
@@ -50,9 +51,14 @@ def choose(
     return Mask.from_scores(found, recipe.density, keep=keep, exclude=exclude, block=block)
 
 
-def _excluded(model: nn.Module, recipe: Recipe, keep: Sequence[str]) -> tuple[str, ...]:
+def _excluded(model: nn.Module, data: Encoded, recipe: Recipe, keep: Sequence[str]) -> tuple[str, ...]:
     """Return the patterns of everything that may not be chosen."""
-    return (*recipe.exclude, *(outside_of_layers(model, keep) if recipe.among == "layers" else ()))
+    exclude = (*recipe.exclude, *(outside_of_layers(model, keep) if recipe.among == "layers" else ()))
+    if recipe.step_budget is None:
+        return exclude
+    lengths = data.in_order(recipe.batch_size)
+    costs = step_costs(model, data.batch(lengths[len(lengths) // 2]))
+    return (*exclude, *costs.below(costs.lowest(recipe.step_budget, cached=recipe.prefix_cache_bytes > 0)))
 
 
 def outside_of_layers(model: nn.Module, keep: Sequence[str] = ()) -> list[str]:
@@ -106,7 +112,7 @@ def narrow(
         ValueError: Nothing is left to choose from (see ``Mask.random``).
         Diverged: The loss is not finite.
     """
-    exclude = _excluded(model, recipe, keep)
+    exclude = _excluded(model, data, recipe, keep)
     sizes = {name: p.numel() for name, p in weights(model).items()}
     kept, free, k = budget(sizes, recipe.density, keep, exclude)
     room = {name: sizes[name] for name in free}

@@ -25,8 +25,9 @@ Precision = Literal["float32", "bfloat16"]
 MASKLESS = ("full", "lora", "shira")
 _WHOLE = (
     "epochs", "batch_size", "max_length", "seed", "warm_up_head", "examples", "dense_epochs", "candidates",
-    "search_epochs",
+    "search_epochs", "prefix_cache_bytes",
 )  # fmt: skip
+_FROM_ZERO = ("seed", "warm_up_head", "weight_decay", "clip", "prefix_cache_bytes")
 _REAL = ("learning_rate", "weight_decay", "clip", "dense_rate", "search_rate")
 
 
@@ -67,6 +68,9 @@ class Recipe:
         precision: "bfloat16" runs the forward in autocast; weights, gradients and scores stay float32.
         padding: "longest" puts examples of like length together and pads to the longest of a batch; "max" shuffles
             freely and pads every batch to ``max_length``.
+        step_budget: The most that a step may cost, as a share of one with entries in every block; the mask keeps to the
+            last blocks then (see :mod:`fishmask.compute`). None for no limit.
+        prefix_cache_bytes: The most bytes of a :class:`fishmask.PrefixCache` of the blocks below the mask; 0 for none.
     """
 
     method: Method = "fish"
@@ -94,6 +98,8 @@ class Recipe:
     search_rate: float = 3e-3
     precision: Precision = "float32"
     padding: Literal["longest", "max"] = "longest"
+    step_budget: float | None = None
+    prefix_cache_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -113,7 +119,7 @@ class Recipe:
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be a fraction in (0, 1], such as 0.005 for 0.5 %; got {self.density}")
         for name in (*_WHOLE, *_REAL):
-            value, least = getattr(self, name), name in ("seed", "warm_up_head", "weight_decay", "clip")
+            value, least = getattr(self, name), name in _FROM_ZERO
             if not (math.isfinite(value) and (value >= 0 if least else value > 0)):
                 raise ValueError(f"{name} must {'not be below 0' if least else 'be above 0'}, and finite; got {value}")
         if self.method == "narrowing" and self.search_epochs >= self.epochs:
@@ -121,6 +127,14 @@ class Recipe:
                 f"method='narrowing' searches for search_epochs={self.search_epochs} and then trains: "
                 f"it needs more epochs than that; got epochs={self.epochs}"
             )
+        if self.step_budget is not None and self.method in ("biases", "diff", *MASKLESS):
+            raise ValueError(
+                f"step_budget is for masks chosen by density or a score; method={self.method!r} takes none"
+            )
+        if self.step_budget is not None and not 0 < self.step_budget <= 1:
+            raise ValueError(f"step_budget must be a share in (0, 1], such as 0.5 for half; got {self.step_budget}")
+        if self.prefix_cache_bytes and self.method in MASKLESS:
+            raise ValueError(f"a prefix cache is for a training on a mask; method={self.method!r} has none")
         if self.method in (*MASKLESS, "diff", "movement", "narrowing") and self.warm_up_head:
             raise ValueError(f"warm_up_head is for masks chosen by a score; method={self.method!r} takes none")
         if self.method in ("gradient", "snip") and self.labels == "expected":

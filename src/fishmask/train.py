@@ -6,7 +6,8 @@ train their values. Warm-up and training share the steps and the schedule, so ev
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -26,8 +27,11 @@ from fishmask.loop import Descent, Progress, autocast, device_of, no_progress, t
 from fishmask.mask import Mask
 from fishmask.measure import peak_memory_bytes, quality
 from fishmask.params import canonical_parameters, matching
+from fishmask.prefix import PrefixCache
 from fishmask.recipe import MASKLESS, Precision, Recipe
 from fishmask.rivals import diff_pruning, peft_model, trained_entries
+
+FILLING = "filling the cache"
 
 
 @dataclass
@@ -40,6 +44,8 @@ class Outcome:
         entries: How many numbers were trained.
         seconds_per_step: Median over the steps after the warm-up.
         seconds_scoring: Time taken to choose the mask.
+        seconds_filling: Time taken to fill the prefix cache.
+        prefix: What the prefix cache held and did: its ``bytes``, the examples ``served`` and ``computed``.
         peak_memory_bytes: Most memory until the end of training: of the process, or on a GPU of its tensors there.
         history: One record per evaluation, the last one at the end of training.
     """
@@ -49,6 +55,8 @@ class Outcome:
     adapter: Any = None
     seconds_per_step: float = 0.0
     seconds_scoring: float = 0.0
+    seconds_filling: float = 0.0
+    prefix: dict[str, int] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -65,6 +73,7 @@ def fit(
     log: Path | None = None,
     checkpoints: CheckpointLog | None = None,
     checkpoint_every: int = 100,
+    prefix_folder: Path | None = None,
     progress: Progress = no_progress,
 ) -> Outcome:
     """Fine-tune ``model`` in place.
@@ -81,7 +90,8 @@ def fit(
         checkpoints: Where to commit; a training that was interrupted goes on from its newest commit as if nothing had
             happened. Needs a method with a mask.
         checkpoint_every: Steps from one commit to the next.
-        progress: Called with the phase ("scoring", "training"), the steps done and the steps in all.
+        prefix_folder: Where to keep the recipe's prefix cache; by default in memory.
+        progress: Called with the phase ("scoring", "filling the cache", "training"), what is done, and of how much.
 
     Returns:
         The outcome; the model holds the trained weights and is in eval mode.
@@ -116,33 +126,43 @@ def fit(
         restored = resumed.restore(outcome.tuning, descent.optimizer, state={"schedule": descent.schedule})
         step, (loss, count) = restored.step, restored.state["loss"]
     seconds: list[float] = []
-    for epoch in range(over, recipe.epochs):
-        if any(record["epoch"] > epoch for record in outcome.history):
-            continue
-        for place, rows in enumerate(data.shuffled(recipe.batch_size, seed=recipe.seed + 1000 * epoch)):
-            if epoch * (steps // recipe.epochs) + place < step:
+    with ExitStack() as during:
+
+        def serve() -> None:
+            """Have the blocks below the mask served from now on, if the recipe says so."""
+            if recipe.prefix_cache_bytes and outcome.tuning is not None:
+                during.enter_context(_served(outcome, outcome.tuning, data, recipe, prefix_folder, progress))
+
+        if step > recipe.warm_up_head or not recipe.warm_up_head:
+            serve()
+        for epoch in range(over, recipe.epochs):
+            if any(record["epoch"] > epoch for record in outcome.history):
                 continue
-            if outcome.tuning and recipe.warm_up_head and step == recipe.warm_up_head:
+            for place, rows in enumerate(data.shuffled(recipe.batch_size, seed=recipe.seed + 1000 * epoch)):
+                if epoch * (steps // recipe.epochs) + place < step:
+                    continue
+                if outcome.tuning and recipe.warm_up_head and step == recipe.warm_up_head:
+                    begin = perf_counter()
+                    outcome.tuning.set_mask(choose(model, data, recipe, keep, progress), descent.optimizer)
+                    outcome.seconds_scoring = perf_counter() - begin
+                    serve()
+                    seconds.clear()
                 begin = perf_counter()
-                outcome.tuning.set_mask(choose(model, data, recipe, keep, progress), descent.optimizer)
-                outcome.seconds_scoring = perf_counter() - begin
-                seconds.clear()
-            begin = perf_counter()
-            loss += descent.step(data.batch(rows))
-            seconds.append(perf_counter() - begin)
-            step, count = step + 1, count + 1
-            if checkpoints is not None and outcome.tuning and step % checkpoint_every == 0:
-                kept = {"history": outcome.history, "seconds_scoring": outcome.seconds_scoring}
-                state = {"schedule": descent.schedule, "training": training, "loss": (loss, count), "outcome": kept}
-                checkpoints.commit_async(outcome.tuning, descent.optimizer, step=step, state=state)
-            progress("training", step, steps)
-        record: dict[str, float] = {"epoch": epoch + 1, "step": step, "train_loss": loss / count}
-        loss, count = 0.0, 0
-        if validation is not None:
-            record |= judge(evaluate(model, validation, recipe.precision))
-        outcome.history.append(record)
-        if log is not None:
-            log.write_text("".join(json.dumps(record) + "\n" for record in outcome.history), encoding="utf-8")
+                loss += descent.step(data.batch(rows))
+                seconds.append(perf_counter() - begin)
+                step, count = step + 1, count + 1
+                if checkpoints is not None and outcome.tuning and step % checkpoint_every == 0:
+                    kept = {"history": outcome.history, "seconds_scoring": outcome.seconds_scoring}
+                    state = {"schedule": descent.schedule, "training": training, "loss": (loss, count), "outcome": kept}
+                    checkpoints.commit_async(outcome.tuning, descent.optimizer, step=step, state=state)
+                progress("training", step, steps)
+            record: dict[str, float] = {"epoch": epoch + 1, "step": step, "train_loss": loss / count}
+            loss, count = 0.0, 0
+            if validation is not None:
+                record |= judge(evaluate(model, validation, recipe.precision))
+            outcome.history.append(record)
+            if log is not None:
+                log.write_text("".join(json.dumps(record) + "\n" for record in outcome.history), encoding="utf-8")
     if checkpoints is not None:
         checkpoints.wait()
     model.eval()
@@ -150,6 +170,24 @@ def fit(
     outcome.seconds_per_step = median(seconds) if seconds else 0.0
     outcome.peak_memory_bytes = peak_memory_bytes(device_of(model))
     return outcome
+
+
+@contextmanager
+def _served(
+    outcome: Outcome, tuning: Tuning, data: Encoded, recipe: Recipe, folder: Path | None, progress: Progress
+) -> Iterator[None]:
+    """Fill a prefix cache with all examples, in one order whenever it is filled, and use it."""
+    begin = perf_counter()
+    batches = data.in_order(recipe.batch_size)
+    with PrefixCache(tuning, folder, limit_bytes=recipe.prefix_cache_bytes) as cache:
+        progress(FILLING, 0, len(batches))
+        with autocast(device_of(tuning.model), recipe.precision):
+            for done, rows in enumerate(batches, start=1):
+                cache.fill([data.batch(rows)])
+                progress(FILLING, done, len(batches))
+        outcome.seconds_filling = perf_counter() - begin
+        yield
+        outcome.prefix = {"bytes": cache.nbytes, "served": cache.served, "computed": cache.computed}
 
 
 def _identity(data: Encoded, recipe: Recipe, mask: Mask | None) -> str:
