@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fishmask.plans import ConvolutionPlan, LookupPlan, ProductPlan
+from fishmask.costs import CPU as CPU_COSTS
+from fishmask.plans import ConvolutionPlan, Kind, LookupPlan, ProductPlan
 
 CPU = torch.device("cpu")
 
@@ -33,21 +34,22 @@ def assert_close(got: Tensor, dense: Tensor, indices: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", ["one", "column", "row", "all", "scattered", "half"])
-@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("way", ["block", "sampled", "split", "tiles"])
 @pytest.mark.parametrize(("rows", "columns", "tokens"), [(40, 30, 9), (12, 90, 300), (90, 12, 128)])
-def test_product(kind: str, sampled: bool, rows: int, columns: int, tokens: int) -> None:
+def test_product(kind: str, way: Kind, rows: int, columns: int, tokens: int) -> None:
     a, b = torch.randn(tokens, rows), torch.randn(tokens, columns)
     indices = chosen((rows, columns), kind)
-    plan = ProductPlan(indices, (rows, columns), device=CPU, sampled=sampled)
+    plan = ProductPlan(indices, (rows, columns), device=CPU, kind=way, costs=CPU_COSTS)
+    assert plan.kind == way or (kind, way) == ("one", "split")
     assert_close(plan.product(plan.rows_of(a), plan.columns_of(b)), a.double().t() @ b.double(), indices)
 
 
 def test_product_picks_the_cheaper_kind() -> None:
     shape = (384, 384)
     scattered = torch.randperm(384 * 384, generator=torch.Generator().manual_seed(0))[:700].sort().values
-    assert ProductPlan(scattered, shape, device=CPU).sampled
-    assert not ProductPlan(chosen(shape, "column"), shape, device=CPU).sampled
-    assert not ProductPlan(chosen(shape, "half"), shape, device=CPU).sampled
+    for indices, kind in ((scattered, "sampled"), (chosen(shape, "column"), "block"), (chosen(shape, "half"), "block")):
+        plan = ProductPlan(indices, shape, device=CPU, costs=CPU_COSTS)
+        assert plan.kind == kind == min(plan.costs, key=plan.costs.__getitem__)
 
 
 @pytest.mark.parametrize("kind", ["one", "column", "row", "all", "half"])

@@ -7,57 +7,115 @@ mask's sorted flat indices.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
-from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Cost per token in nanoseconds, measured on one AVX-512 core with 2,048 tokens. Only the ratios matter.
-_GEMM = 0.0125  # one multiply-add of a dense product
-_SAMPLED = 0.16  # one multiply-add of a sampled product
-_TRANSPOSE = 0.8  # bringing one column into the row-major layout that the sampled product needs
-_READ = 0.27  # reading one column of an operand for a dense product, however small the product
-_GATHER = 1.0  # copying one used column
-_SKIP = 0.05  # passing one unused column while copying
-_SCATTER = 4.0  # adding one used column to its place
-_SPREAD = 3.0  # bringing one column into the layout of a CSR product, and back
-_NONZERO = 0.05  # one multiply-add of a CSR product
+from fishmask.costs import Costs, costs_for
+from fishmask.kernels import TILE, Tiles, count_tiles, masked_gradient, masked_gradient_twin, tiles_of
+from fishmask.parts import (
+    Block,
+    Sampled,
+    best_split,
+    block_cost,
+    compact,
+    count,
+    sampled_cost,
+    silence_csr_warning,
+    taken,
+    transposed,
+    used,
+)
 
-# Tokens per sampled product: transposed copies of this size stay in the cache, twice as quick as whole ones.
-_CHUNK = 128
+Kind = Literal["block", "sampled", "split", "tiles"]
+
+_WORTH = 0.9  # a split must save a tenth: it takes more calls, and the costs are known no better
+# Operands of a split are copied once for both parts, and kept so for the backward, only if that makes them this small.
+_KEEP_COMPACT = 0.25
 
 
 class ProductPlan:
     """Masked entries of ``dW = Aᵀ B`` for a weight [rows, columns], operands A [T, rows] and B [T, columns].
 
-    Two kinds: "block" multiplies only the used columns of A and B (all of them when the mask is scattered) and
-    gathers; "sampled" computes each entry's inner product by itself, which wins when the block is nearly empty. The
-    cheaper one is taken unless ``sampled`` says which.
+    Four kinds, of which the cheapest is taken unless ``kind`` says which:
+
+    - "block" multiplies only the used columns of A and B (all of them when the mask is scattered) and gathers, in
+      pieces of bounded size;
+    - "sampled" computes each entry's inner product by itself, which wins on a CPU when the block is nearly empty;
+    - "split" takes the rows or columns that hold most entries as one block, and the others as another part;
+    - "tiles" is a Triton kernel that writes the k entries alone; only where it was measured (`fishmask.calibrate`).
+
+    Attributes:
+        kind: The way that is taken.
+        costs: What each way is thought to cost, in nanoseconds per token.
+        rows: Used columns of A, int32, or None for all; ``columns``: those of B.
     """
 
     def __init__(
-        self, indices: Tensor, shape: Sequence[int], *, device: torch.device, sampled: bool | None = None
+        self,
+        indices: Tensor,
+        shape: Sequence[int],
+        *,
+        device: torch.device,
+        kind: Kind | None = None,
+        costs: Costs | None = None,
     ) -> None:
-        rows, columns = shape
-        used_rows = len(torch.unique(indices // columns))
-        self.columns, column_at, n_columns = _used(indices % columns, columns, other=used_rows)
-        self.rows, row_at, n_rows = _used(indices // columns, rows, other=n_columns)
-        block_cost = _product_cost(n_rows, n_columns)
-        sampled_cost = _SAMPLED * len(indices) + _TRANSPOSE * (n_rows + n_columns)
-        # On a GPU a dense product is nearly free beside the memory traffic of a sampled one.
-        self.sampled = device.type == "cpu" and sampled_cost < block_cost if sampled is None else sampled
-        self.narrow_left = n_rows <= n_columns  # the narrower operand goes left: 2-3 times quicker when very narrow
-        position = row_at * n_columns + column_at if self.narrow_left else column_at * n_rows + row_at
-        self.position = position.to(device)
-        if self.sampled:
-            self.row_starts = F.pad(torch.bincount(row_at, minlength=n_rows).cumsum(0), (1, 0))
-            self.column_at = column_at
-            _silence_csr_warning()
-        self.rows = None if self.rows is None else self.rows.to(device)
-        self.columns = None if self.columns is None else self.columns.to(device)
+        costs = costs_for(device) if costs is None else costs
+        size = (int(shape[0]), int(shape[1]))
+        row, column = indices // size[1], indices % size[1]
+        n_rows, n_columns = count(row, size[0]), count(column, size[1])
+        split = best_split(row, column, size, costs)
+        self.costs: dict[Kind, float] = {
+            "block": float(block_cost(costs, n_rows, n_columns, size)),
+            "sampled": float(sampled_cost(costs, len(row), n_rows, n_columns, size)),
+            "split": math.inf if split is None else split.cost,
+            "tiles": math.inf,
+        }
+        if costs.tile is not None:
+            area = count_tiles(row, column, size) * TILE[0] * TILE[1]
+            self.costs["tiles"] = costs.tile * area + costs.part
+        self.kind: Kind = _cheapest(self.costs) if kind is None else kind
+        if self.kind == "split" and split is None:
+            self.kind = "block"  # of a single row and column nothing can be split off
+        self.order: Tensor | None = None
+        self.tiles: Tiles | None = None
+        self.parts: list[Block | Sampled] = []
+        if self.kind == "tiles":
+            self.rows, self.columns = None, None
+            self.tiles = tiles_of(row, column, size, device)
+            return
+        n_rows, n_columns = self._taken(n_rows, n_columns, size, costs)
+        rows, row, n_rows = used(row, size[0], n_rows)
+        columns, column, n_columns = used(column, size[1], n_columns)
+        self.rows, self.columns, size = compact(rows, device), compact(columns, device), (n_rows, n_columns)
+        if self.kind == "block":
+            self.parts = [Block(row, column, size, device, costs)]
+        elif self.kind == "sampled":
+            self.parts = [Sampled(row, column, size, device, costs)]
+        else:
+            assert split is not None
+            first, rest = split.heavy.nonzero().squeeze(1), (~split.heavy).nonzero().squeeze(1)
+            self.parts = [Block(row[first], column[first], size, device, costs)]
+            self.parts.append(_cheaper(row[rest], column[rest], size, device, costs))
+            self.order = compact(torch.argsort(torch.cat([first, rest])), device)
+
+    def _taken(self, rows: int, columns: int, size: tuple[int, int], costs: Costs) -> tuple[int, int]:
+        """Return how many columns of each operand the parts are given: the used ones, or all."""
+        if self.kind == "split":
+            few_rows, few_columns = rows <= _KEEP_COMPACT * size[0], columns <= _KEEP_COMPACT * size[1]
+            return rows if few_rows else size[0], columns if few_columns else size[1]
+        if self.kind == "sampled":
+            return int(transposed(costs, rows, size[0])), int(transposed(costs, columns, size[1]))
+        n_columns = int(taken(costs, columns, size[1], rows))
+        return int(taken(costs, rows, size[0], n_columns)), n_columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the indices that the plan holds."""
+        return sum(_held(thing) for thing in (self, self.tiles, *self.parts))
 
     def rows_of(self, a: Tensor) -> Tensor:
         """Return the used columns of A [T, rows] as [T, R]."""
@@ -69,18 +127,27 @@ class ProductPlan:
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the masked entries of the product of the compact operands a [T, R] and b [T, C], float32 [K]."""
-        if self.sampled and not torch.compiler.is_compiling():
-            return self._sampled_product(a.float(), b.float())
-        block = a.t() @ b if self.narrow_left else b.t() @ a
-        return block.flatten().index_select(0, self.position).float()
+        if self.tiles is not None:
+            function = masked_gradient_twin if torch.compiler.is_compiling() else masked_gradient
+            return function(a, b, self.tiles)
+        found = [part.product(a, b) for part in self.parts]
+        return found[0] if self.order is None else torch.cat(found).index_select(0, self.order)
 
-    def _sampled_product(self, a: Tensor, b: Tensor) -> Tensor:
-        values, size = torch.zeros(len(self.column_at), dtype=a.dtype), (a.shape[1], b.shape[1])
-        for rows, columns in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True):
-            sums = torch.sparse_csr_tensor(self.row_starts, self.column_at, values, size=size, check_invariants=False)
-            # Both operands row-major by entry: any other layout makes the product itself several times slower.
-            values = torch.sparse.sampled_addmm(sums, rows.t().contiguous(), columns.t().contiguous().t()).values()
-        return values.float()
+
+def _cheapest(ways: dict[Kind, float]) -> Kind:
+    best = min((way for way in ways if way != "split"), key=ways.__getitem__)
+    return "split" if ways["split"] < _WORTH * ways[best] else best
+
+
+def _cheaper(row: Tensor, column: Tensor, size: tuple[int, int], device: torch.device, costs: Costs) -> Block | Sampled:
+    n_rows, n_columns = count(row, size[0]), count(column, size[1])
+    sampled = sampled_cost(costs, len(row), n_rows, n_columns, size) < block_cost(costs, n_rows, n_columns, size)
+    return (Sampled if sampled else Block)(row, column, size, device, costs)
+
+
+def _held(thing: Any) -> int:
+    """Return the bytes of the tensors that are attributes of a thing."""
+    return sum(value.nbytes for value in vars(thing).values() if isinstance(value, Tensor)) if thing else 0
 
 
 class ConvolutionPlan:
@@ -94,12 +161,19 @@ class ConvolutionPlan:
         self.outputs, output_at, n_outputs = None, outputs, shape[0]
         self.inputs, input_at, n_inputs = None, inputs, shape[1]
         if groups == 1:
-            self.outputs, output_at, n_outputs = _used(outputs, shape[0], other=per_output)
-            self.inputs, input_at, n_inputs = _used(inputs, shape[1], other=n_outputs * kernel)
+            costs = costs_for(device)
+            n = int(taken(costs, count(outputs, shape[0]), shape[0], per_output))
+            self.outputs, output_at, n_outputs = used(outputs, shape[0], n)
+            n = int(taken(costs, count(inputs, shape[1]), shape[1], n_outputs * kernel))
+            self.inputs, input_at, n_inputs = used(inputs, shape[1], n)
         self.shape = (n_outputs, n_inputs, *shape[2:])
-        self.position = ((output_at * n_inputs + input_at) * kernel + rest).to(device)
-        self.outputs = None if self.outputs is None else self.outputs.to(device)
-        self.inputs = None if self.inputs is None else self.inputs.to(device)
+        self.position = compact((output_at * n_inputs + input_at) * kernel + rest, device)
+        self.outputs, self.inputs = compact(self.outputs, device), compact(self.inputs, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the indices that the plan holds."""
+        return _held(self)
 
     def outputs_of(self, grad: Tensor) -> Tensor:
         """Return the used channels of the output gradient [B, O, ...]."""
@@ -135,19 +209,24 @@ class LookupPlan:
         rows, row_at = torch.unique(indices // self.width, return_inverse=True)
         self.n_rows = len(rows)
         # Row of the vocabulary -> row of the compact table; the last row of the table takes all unmasked tokens.
-        table = torch.full((vocabulary,), self.n_rows, dtype=torch.int64)
-        table[rows] = torch.arange(self.n_rows)
+        table = torch.full((vocabulary,), self.n_rows, dtype=torch.int32)
+        table[rows] = torch.arange(self.n_rows, dtype=torch.int32)
         if padding_idx is not None:
             table[padding_idx] = self.n_rows  # PyTorch gives the padding row no gradient
         self.table = table.to(device)
-        self.entry_starts = F.pad(torch.bincount(row_at, minlength=self.n_rows).cumsum(0), (1, 0)).to(device)
-        self.column = (indices % self.width).to(device)
-        self.row_at = row_at.to(device)
+        self.entry_starts = compact(_starts(row_at, self.n_rows), device)
+        self.column = compact(indices % self.width, device)
+        self.row_at = compact(row_at, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the indices that the plan holds."""
+        return _held(self)
 
     def product(self, grad: Tensor, ids: Tensor) -> Tensor:
         """Return the masked entries of the gradient for output gradients [T, H] and ids [T], float32 [K]."""
         rows = self.table.index_select(0, ids)
-        if torch.compiler.is_compiling():  # shapes must not depend on data
+        if torch.compiler.is_compiling() or grad.is_meta:  # shapes must not depend on data
             dense = torch.zeros(self.n_rows + 1, self.width, device=grad.device)
             dense.index_add_(0, rows, grad.float())
             return dense[self.row_at, self.column]
@@ -184,18 +263,19 @@ class SidePlan:
         row, column = indices // self.shape[1], indices % self.shape[1]
         rows, row_at = torch.unique(row, return_inverse=True)
         columns, column_at = torch.unique(column, return_inverse=True)
-        block_cost = _product_cost(len(rows), len(columns)) + _GATHER * len(columns) + _SCATTER * len(rows)
-        csr_cost = _SPREAD * sum(self.shape) + _NONZERO * len(indices)
-        self.block = block_cost <= csr_cost if block is None else block
+        costs = costs_for(device)
+        dense = costs.product(len(rows), len(columns)) + costs.copy(len(columns), self.shape[1])
+        csr = costs.spread * sum(self.shape) + costs.nonzero * len(indices)
+        self.block = dense + costs.scatter * len(rows) <= csr if block is None else block
         if self.block:
-            self.rows, self.columns = rows.to(device), columns.to(device)
-            self.position = (row_at * len(columns) + column_at).to(device)
+            self.rows, self.columns = compact(rows, device), compact(columns, device)
+            self.position = compact(row_at * len(columns) + column_at, device)
             return
-        _silence_csr_warning()
+        silence_csr_warning()
         by_column = torch.argsort(column, stable=True)
-        self.by_row = (_starts(row, self.shape[0]).to(device), column.to(device))
-        self.by_column = (_starts(column, self.shape[1]).to(device), row[by_column].to(device))
-        self.order = by_column.to(device)
+        self.by_row = (compact(_starts(row, self.shape[0]), device), compact(column, device))
+        self.by_column = (compact(_starts(column, self.shape[1]), device), compact(row[by_column], device))
+        self.order = compact(by_column, device)
 
     def sparse(self, values: Tensor, dtype: torch.dtype) -> Sparse:
         """Return S for its values [K] in the order of the indices."""
@@ -229,27 +309,3 @@ class SidePlan:
 def _starts(places: Tensor, size: int) -> Tensor:
     """Return where the run of each place begins once entries are sorted by it, and the end: CSR's row pointers."""
     return F.pad(torch.bincount(places, minlength=size).cumsum(0), (1, 0))
-
-
-def _used(positions: Tensor, size: int, other: int) -> tuple[Tensor | None, Tensor, int]:
-    """Return (used positions or None for all, place of each entry among them, how many).
-
-    Compacting costs a copy, so all positions are taken unless the product with ``other`` columns gains more by it.
-    """
-    used, place = torch.unique(positions, return_inverse=True)
-    copy = _GATHER * len(used) + _SKIP * size
-    if copy + _product_cost(len(used), other) < _product_cost(size, other):
-        return used, place, len(used)
-    return None, positions, size
-
-
-def _product_cost(columns: int, other: int) -> float:
-    return max(_GEMM * columns * other, _READ * max(columns, other))
-
-
-@cache
-def _silence_csr_warning() -> None:
-    """Use up PyTorch's once-per-process notice that CSR tensors are in beta."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.zeros(1), size=(1, 1))
