@@ -227,7 +227,9 @@ class LookupPlan:
         """Return the masked entries of the gradient for output gradients [T, H] and ids [T], float32 [K]."""
         rows = self.table.index_select(0, ids)
         if torch.compiler.is_compiling() or grad.is_meta:  # shapes must not depend on data
-            dense = torch.zeros(self.n_rows + 1, self.width, device=grad.device)
+            # Where there are no data it is about memory: as below, no more rows than there are tokens.
+            most = len(rows) if grad.is_meta else self.n_rows + 1
+            dense = torch.zeros(min(most, self.n_rows + 1), self.width, device=grad.device)
             dense.index_add_(0, rows, grad.float())
             return dense[self.row_at, self.column]
         tokens = (rows < self.n_rows).nonzero().squeeze(1)
