@@ -1,6 +1,7 @@
 """Models without data: on the meta device, where tensors have sizes alone, with batches and adapters of that kind."""
 
 import copy
+import warnings
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -130,4 +131,7 @@ def prepared(model: Any, method: str) -> Any:
     except ImportError as error:
         raise FishError("LoRA needs the library PEFT: pip install 'fishmask[peft]'") from error
     kind = "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else None
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=kind))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's calls into transformers
+        return get_peft_model(model, config)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
 from fishmask.attach import attach
+from fishmask.costs import planned_for
 from fishmask.empty import empty_model, prepared, rank_of, recompute, tokens
 from fishmask.errors import FishError
 from fishmask.ledger import Ledger
@@ -149,7 +150,7 @@ def forecast(
     n = sum(p.numel() for p in weights(empty).values())
     ledger = Ledger(granule=_GRANULE[device], host=device == "cpu")
     try:
-        with StandIn(device):
+        with StandIn(device), planned_for(device):
             trained = account(empty, inputs, ledger, method=method, mask=mask, optimizer=optimizer)
     except (NotImplementedError, RuntimeError) as error:
         if isinstance(error, FishError) or "meta" not in str(error).lower():

@@ -1,0 +1,522 @@
+"""One training step at every size, and what leads to it: time, memory, scoring and files, beside what is possible.
+
+    python -m benchmarks.models [--models bert-base bert-large llama-1b llama-7b] [--output results/models.jsonl]
+    python -m benchmarks.models --models tiny        # a check of a few seconds
+
+The models have the shapes of BERT-base, BERT-large, Llama 3.2 1B and Llama 2 7B and random weights, which do for speed
+and memory. All methods train with AdamW on the same random tokens without padding. "floor" is the forward and the
+gradients of all inputs, without any weight gradient. SHiRA, Supertuning and the smaller LoRA get about the mask's count
+of entries, in linear layers alone.
+
+- Time: the least of several steps of all methods in turns, in one process that holds the frozen weights once; CPU time
+  where the model is on the CPU. Where they do not fit together each method has a process of its own.
+- Memory: in a process of its own for each method, from the second step. On the CPU the peak of the resident set above
+  the process before the model was made, and the peak of what PyTorch's allocator gave out; on a GPU only the latter.
+- Predicted: `fishmask.forecast` for the same step. What is not run because of it gets a line that says so.
+- Scoring: seconds per example of 32 tokens, with the Fisher information of `fishmask.fisher`, beside the loop that does
+  one backward for each example and squares each gradient. The "FISH mask" is made of those scores.
+- File: what is saved of the result. For full fine-tuning these are all weights, counted and not written.
+"""
+
+import argparse
+import copy
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
+
+import fishmask
+from benchmarks.record import append, quiet, verdict
+from fishmask.empty import prepared, tokens
+from fishmask.forecast import Forecast, forecast, size_text
+from fishmask.measure import environment, peak_memory_bytes
+
+DENSITY, SCORED_TOKENS, RANK = 0.005, 32, 16
+FLOOR, FULL, LORA, OURS, RANDOM = "floor", "full fine-tuning", f"LoRA r={RANK}", "FISH mask", "random mask"
+EQUAL, SHIRA, SUPER = "LoRA, equal count", "SHiRA", "Supertuning"
+METHODS = (FLOOR, FULL, LORA, EQUAL, SHIRA, SUPER, RANDOM, OURS)
+FREE = 0.9  # of the memory that is free: how much of it a run may be predicted to take
+# Every block of 64 KiB or more is given back to the system once it is free, so that the resident set tells the truth.
+HONEST = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's configuration, the dtype of its weights, and the batch that it takes."""
+
+    config: Any
+    dtype: torch.dtype
+    batch: tuple[int, int]
+    scored: tuple[int, int]  # examples: by fishmask, by the loop
+
+
+def llama(hidden: int, layers: int, heads: int, groups: int, inner: int, vocabulary: int, *, tied: bool) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
+        intermediate_size=inner, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=4096,
+        architectures=["LlamaForCausalLM"], use_cache=False,
+    )  # fmt: skip
+
+
+def bert(hidden: int, layers: int, vocabulary: int = 30522) -> BertConfig:
+    return BertConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64, intermediate_size=4 * hidden,
+        vocab_size=vocabulary,
+    )  # fmt: skip
+
+
+SHAPES = {
+    "tiny": Shape(bert(128, 2, 2000), torch.float32, (2, 32), (4, 2)),
+    "bert-base": Shape(bert(768, 12), torch.float32, (8, 128), (16, 4)),
+    "bert-large": Shape(bert(1024, 24), torch.float32, (4, 128), (8, 4)),
+    "llama-1b": Shape(llama(2048, 16, 32, 8, 8192, 128256, tied=True), torch.bfloat16, (1, 64), (4, 2)),
+    "llama-7b": Shape(llama(4096, 32, 32, 32, 11008, 32000, tied=False), torch.bfloat16, (1, 64), (4, 2)),
+}
+
+
+def load(shape: Shape, device: str) -> Any:
+    """Make the model with random weights."""
+    torch.manual_seed(0)
+    causal = (shape.config.architectures or [""])[0].endswith("ForCausalLM")
+    family = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    with torch.device(device):
+        return family.from_config(shape.config, dtype=shape.dtype).train()
+
+
+def make_batch(model: Any, examples: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    """Return random tokens: how many different ones there are counts for the embeddings."""
+    g = torch.Generator().manual_seed(seed)
+    made = tokens(model, examples, length)
+    ids = torch.randint(1, model.config.vocab_size, (examples, length), generator=g).to(made["input_ids"].device)
+    return made | {"input_ids": ids} | ({"labels": ids} if made["labels"].dim() == 2 else {})
+
+
+class Method:
+    """A model, what of it is trained, and how the result is saved."""
+
+    def __init__(self, model: Any, name: str, mask: fishmask.Mask | None, count: int) -> None:
+        self.tuning: fishmask.Tuning | None = None
+        if mask is not None:
+            self.tuning = fishmask.attach(model, mask)
+            self.model, trained = model, list(self.tuning.parameters())
+        else:
+            self.model = adapted(model, name, count)
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.entries = 0 if name == FLOOR else sum(p.numel() for p in trained)
+        self.optimizer = None if name == FLOOR else torch.optim.AdamW(trained, lr=1e-5, fused=True)
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        """Do one training step."""
+        self.model(**batch).loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def file_bytes(self, name: str, folder: Path) -> int | None:
+        """Save the result and return its size; that of all weights for full fine-tuning."""
+        if name == FLOOR:
+            return None
+        if name == FULL:
+            return sum(p.nbytes for p in self.model.parameters())
+        if self.tuning is None:
+            self.model.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            folder.mkdir()
+            self.tuning.delta().save(folder / "delta.safetensors")
+        return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+
+
+def mask_of(masks: Path, name: str) -> fishmask.Mask | None:
+    """Read a method's mask; None for a method without one."""
+    return fishmask.Mask.load(masks / f"{name}.safetensors") if name in (OURS, RANDOM) else None
+
+
+def adapted(model: Any, name: str, count: int) -> Any:
+    """Prepare a model for a method that is not ours, those without a fixed size with about so many entries."""
+    if name in (FLOOR, FULL, LORA):
+        return prepared(model, {FLOOR: "floor", FULL: "full", LORA: f"lora:{RANK}"}[name])
+    rank = equal_rank(model, count)
+    if name == EQUAL:
+        return prepared(model, f"lora:{rank}")
+    from peft import ShiraConfig, SupertuningConfig, get_peft_model
+
+    kind = "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else None
+    options: dict[str, Any] = {"target_modules": "all-linear", "task_type": kind}
+    if name == SHIRA:
+        return get_peft_model(model, ShiraConfig(r=rank, random_seed=0, **options))
+    inside = sum(layer.weight.numel() for layer in body(model))
+    return get_peft_model(model, SupertuningConfig(sparsity=1 - count / inside, **options))
+
+
+def body(model: Any) -> list[nn.Linear]:
+    """Return the linear layers that adapters go into: all but the head."""
+    head = {id(m) for m in (model.get_output_embeddings(), *(getattr(model, n, None) for n in ("classifier", "score")))}
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in head]
+
+
+def equal_rank(model: Any, count: int) -> int:
+    """Return the rank of LoRA with about so many entries."""
+    return max(1, round(count / sum(sum(layer.weight.shape) for layer in body(model))))
+
+
+# --- parts that run in a process of their own -------------------------------------------------------------------------
+
+
+def clock(device: str) -> float:
+    """Return seconds: of the processor, or on the clock once the GPU has finished."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def score(shape: Shape, device: str, masks: Path) -> dict[str, Any]:
+    """Time scoring, and write the two masks."""
+    model = load(shape, device)
+    own, loop = shape.scored
+    batch = make_batch(model, own, SCORED_TOKENS)
+    squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in model.named_parameters()}
+    taken: list[float] = []
+    model.eval()
+    for n in range(loop + 1):  # the first is to warm up
+        start = clock(device)
+        model.zero_grad()
+        # A loss of the model is a mean over its terms, as the loop's user would take it: it costs the same.
+        model(**{name: t[n % own : n % own + 1] for name, t in batch.items()}).loss.backward()
+        for name, p in model.named_parameters():
+            squares[name].add_(p.grad.float().square())
+        taken.append(clock(device) - start)
+    model.zero_grad()
+    del squares
+    gc.collect()
+    fishmask.fisher(model, [make_batch(model, 1, SCORED_TOKENS)], examples=1)
+    start = clock(device)
+    scores = fishmask.fisher(model, [batch], examples=own)
+    seconds = (clock(device) - start) / own
+    keep = [name for name in scores if name.partition(".")[0] in ("classifier", "score")]
+    mask = fishmask.Mask.from_scores(scores, DENSITY, keep=keep)
+    mask.save(masks / f"{OURS}.safetensors")
+    fishmask.Mask.random(model, DENSITY, seed=0, keep=keep).save(masks / f"{RANDOM}.safetensors")
+    best = min(taken[1:])
+    return {
+        "seconds": seconds,
+        "loop_seconds": best,
+        "loop_all": taken,
+        "examples": own,
+        "times_faster": best / seconds,
+    }
+
+
+def timed(shape: Shape, device: str, masks: Path, names: list[str], repeats: int, count: int) -> dict[str, list[float]]:
+    """Time steps of several methods in turns; the frozen weights are in memory once."""
+    base = load(shape, device)
+    methods: dict[str, Method] = {}
+    for name in names:
+        # Parameters of its own, since each wants other gradients, on the same memory.
+        shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in base.parameters()}
+        methods[name] = Method(twin(base, shared), name, mask_of(masks, name), count)
+    batch = make_batch(base, *shape.batch)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats + 1):
+        for name, method in methods.items():
+            start = clock(device)
+            method.step(batch)
+            if turn:
+                seconds[name].append(clock(device) - start)
+    return seconds
+
+
+def twin(model: nn.Module, parameters: dict[int, nn.Parameter]) -> nn.Module:
+    """Copy a model with these in the place of its parameters, by their id."""
+    return copy.deepcopy(model, dict(parameters))
+
+
+def memory(shape: Shape, device: str, masks: Path, name: str, count: int) -> dict[str, Any]:
+    """Measure the memory of a step, and the file of the result."""
+    small, mask = SHAPES["tiny"], mask_of(masks, name)
+    warm = load(small, device)  # libraries and threads take their memory now
+    warm = Method(warm, name, mask and fishmask.Mask.random(warm, DENSITY, seed=0), int(DENSITY * 1e6))
+    warm.step(make_batch(warm.model, *small.batch))
+    del warm
+    settle()
+    before = resident()
+    method = Method(load(shape, device), name, mask, count)
+    batch = make_batch(method.model, *shape.batch)
+    method.step(batch)
+    settle()
+    result: dict[str, Any] = {"entries": method.entries}
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        method.step(batch)
+        result["resident_bytes"] = peak_memory_bytes() - before
+        settle()
+        result["allocated_bytes"] = standing(method) + rise(lambda: method.step(batch))
+    else:
+        torch.cuda.reset_peak_memory_stats()
+        method.step(batch)
+        result["allocated_bytes"] = torch.cuda.max_memory_allocated()
+    with tempfile.TemporaryDirectory() as folder:
+        result["file_bytes"] = method.file_bytes(name, Path(folder) / "result")
+    return result
+
+
+def settle() -> None:
+    """Give freed memory back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident() -> int:
+    """Return the bytes that are resident now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def standing(method: Method) -> int:
+    """Count the bytes of all tensors that live between steps."""
+    gc.collect()
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    found = [part for t in found for part in ([t._indices(), t._values()] if t.is_sparse else [t])]
+    blocks = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found if t.layout is torch.strided}
+    return sum(blocks.values())
+
+
+def rise(work: Callable[[], None]) -> int:
+    """Return the most bytes that PyTorch's allocator on the CPU has given out during some work."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+def child(args: argparse.Namespace, part: str, model: str, honest: bool = False, **options: Any) -> Any:
+    """Run a part in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.models", "--part", part, "--models", model]
+    command += ["--device", args.device, "--threads", str(args.threads), "--repeats", str(args.repeats)]
+    if args.batch:
+        command += ["--batch", args.batch]
+    setting = {**os.environ, **(HONEST if honest else {}), "OMP_NUM_THREADS": str(args.threads)}
+    done = subprocess.run(
+        [*command, "--options", json.dumps(options)], env=setting, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def predicted(shape: Shape, device: str, name: str, count: int, mask: fishmask.Mask | None) -> Forecast | None:
+    """Return the forecast of a method; None for PEFT's sparse methods, whose layers it cannot run."""
+    common: dict[str, Any] = {"batch": shape.batch, "dtype": shape.dtype, "device": device}
+    if name in (OURS, RANDOM):
+        return forecast(shape.config, mask=mask, **({} if mask else {"density": DENSITY}), **common)
+    if name in (SHIRA, SUPER):
+        return None
+    if name == EQUAL:
+        with torch.device("meta"):
+            rank = equal_rank(load(shape, "meta"), count)
+        return forecast(shape.config, method=f"lora:{rank}", **common)
+    return forecast(shape.config, method={FLOOR: "floor", FULL: "full", LORA: f"lora:{RANK}"}[name], **common)
+
+
+def available(device: str) -> int:
+    """Return the bytes that are free for a run."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    found = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(found.split()[1]) * 1024
+
+
+def measure(args: argparse.Namespace, name: str, shape: Shape, masks: Path, console: Console) -> list[dict[str, Any]]:
+    """Measure one model with all methods; what does not fit gets a line that says so."""
+    about = {
+        "benchmark": "models",
+        "model": name,
+        "shape": f"{shape.batch[0]}x{shape.batch[1]}",
+        "dtype": str(shape.dtype).removeprefix("torch."),
+        "device": args.device,
+        "device_name": torch.cuda.get_device_name() if args.device == "cuda" else "",
+        "density": DENSITY,
+        "seed": 0,
+        **environment(),
+    }
+    n = sum(p.numel() for p in load(shape, "meta").parameters())
+    count = int(DENSITY * n)
+    room = int(FREE * available(args.device))
+    told = {method: predicted(shape, args.device, method, count, None) for method in METHODS}
+    worst = max(one.peak for one in told.values() if one)  # PEFT's sparse methods: estimated as the largest of all
+    peaks = {method: one.peak if one else worst for method, one in told.items()}
+    # Scoring holds weights, gradients and scores of float32, twice in the loop.
+    itemsize = shape.dtype.itemsize
+    scoring_needs = n * (2 * itemsize + 8)
+    lines: list[dict[str, Any]] = []
+    fitting = [method for method in METHODS if peaks[method] <= room] if scoring_needs <= room else []
+    for method in METHODS:
+        if method not in fitting and method not in (OURS, SHIRA, SUPER):
+            lines.append({**about, "method": method, "n": n, "fits": False, **forecast_line(told[method])})
+    if not fitting:
+        console.print(f"{name}: scoring needs about {size_text(scoring_needs)}; {size_text(room)} are free")
+        return lines
+    scored = child(args, "score", name, masks=str(masks))
+    lines.append({**about, "method": "scoring", "n": n, "tokens": SCORED_TOKENS, **scored})
+    seconds = times(args, name, fitting, told, room, masks, count)
+    for method in fitting:
+        measured = child(args, "memory", name, honest=True, masks=str(masks), method=method, count=count)
+        told_exactly = told[method]
+        if method in (OURS, RANDOM):
+            told_exactly = predicted(shape, args.device, method, count, mask_of(masks, method))
+        line = {**about, "method": method, "n": n, "fits": True, **forecast_line(told_exactly), **measured}
+        lines.append(
+            {**line, "seconds": min(seconds[method]), "seconds_all": seconds[method], "load": os.getloadavg()[0]}
+        )
+        console.print(f"{name}: {method}: {min(seconds[method]):.3f} s", highlight=False)
+    return lines
+
+
+def forecast_line(told: Forecast | None) -> dict[str, Any]:
+    """Return what a record keeps of a forecast."""
+    return (
+        {} if told is None else {"predicted_bytes": told.peak, "predicted_parts": told.parts, "host_bytes": told.host}
+    )
+
+
+def times(
+    args: argparse.Namespace,
+    name: str,
+    fitting: list[str],
+    told: dict[str, Forecast | None],
+    room: int,
+    masks: Path,
+    count: int,
+) -> dict[str, list[float]]:
+    """Time steps of all methods together where they fit, else of each alone."""
+    options = {"masks": str(masks), "count": count}
+    known = [told[method] for method in fitting if told[method] is not None]
+    standing = [one.most["values"] + one.most["masks"] + one.most["optimizer"] for one in known]
+    if sum(standing) + max(one.peak for one in known) <= room:
+        return dict(child(args, "time", name, methods=fitting, **options))
+    return {method: child(args, "time", name, methods=[method], **options)[method] for method in fitting}
+
+
+def show(lines: list[dict[str, Any]]) -> Table:
+    """Lay the lines of one model out as a table."""
+    first = lines[0]
+    table = Table(
+        title=f"{first['model']}: {first['n']:,} entries, {first['shape']}, {first['dtype']}, {first['device']}"
+    )
+    columns = ("method", "entries", "s / step", "/ floor", "/ LoRA", "peak", "/ floor", "predicted", "resident", "file")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    steps = {line["method"]: line for line in lines if line["method"] in METHODS}
+    for method, line in steps.items():
+        if not line["fits"]:
+            table.add_row(method, *[""] * 6, f"does not fit: predicted {size_text(line['predicted_bytes'])}")
+            continue
+        others = [steps.get(other, {}) for other in (FLOOR, LORA)]
+        predicted_bytes, file_bytes = line.get("predicted_bytes"), line["file_bytes"]
+        table.add_row(
+            method,
+            f"{line['entries']:,}",
+            f"{line['seconds']:.3f}",
+            *(f"{line['seconds'] / other['seconds']:.2f}" if "seconds" in other else "" for other in others),
+            size_text(line["allocated_bytes"]),
+            f"{line['allocated_bytes'] / others[0]['allocated_bytes']:.2f}" if others[0].get("fits") else "",
+            "" if predicted_bytes is None else f"{predicted_bytes / line['allocated_bytes'] - 1:+.1%}",
+            f"{line['resident_bytes'] / line['allocated_bytes'] - 1:+.1%}" if "resident_bytes" in line else "",
+            "" if file_bytes is None else f"{file_bytes / 1e6:,.1f} MB",
+        )
+    return table
+
+
+def verdicts(lines: list[dict[str, Any]]) -> list[str]:
+    """Compare one model's lines with the targets."""
+    by = {line["method"]: line for line in lines if line.get("fits", True)}
+    if not {OURS, FLOOR, LORA, EQUAL, "scoring"} <= set(by):
+        return []
+    ours, gpu = by[OURS], lines[0]["device"] == "cuda"
+    slower, most = ours["seconds"] / by[FLOOR]["seconds"], 1.10 if gpu else 1.05
+    faster, least = by["scoring"]["times_faster"], 10 if gpu else 4
+    beside = ours["allocated_bytes"] / by[EQUAL]["allocated_bytes"]
+    wrong = max(
+        abs(line["predicted_bytes"] / line["allocated_bytes"] - 1) for line in by.values() if "predicted_bytes" in line
+    )
+    told = [
+        f"{verdict(slower <= most)}  step {slower:.2f} x the floor, at most {most:.2f}",
+        f"{verdict(beside < 1)}  peak memory {beside:.2f} x that of LoRA at an equal count, below 1",
+        f"{verdict(faster >= least)}  scoring {faster:.1f} x quicker than the loop, at least {least}",
+        f"{verdict(wrong <= 0.1)}  forecasts at most {wrong:.1%} off, at most 10 %",
+    ]
+    if gpu:
+        beside = ours["seconds"] / by[LORA]["seconds"]
+        told.append(f"{verdict(beside <= 1)}  step {beside:.2f} x that of LoRA r={RANK}, at most 1")
+    return told
+
+
+def run_part(args: argparse.Namespace) -> Any:
+    """Do what a process of its own was started for."""
+    shape, options = shaped(args, args.models[0]), json.loads(args.options)
+    masks = Path(options.pop("masks"))
+    if args.part == "score":
+        return score(shape, args.device, masks)
+    if args.part == "time":
+        return timed(shape, args.device, masks, options["methods"], args.repeats, options["count"])
+    return memory(shape, args.device, masks, options["method"], options["count"])
+
+
+def shaped(args: argparse.Namespace, name: str) -> Shape:
+    """Return a shape with the batch that was asked for."""
+    shape = SHAPES[name]
+    if not args.batch:
+        return shape
+    examples, length = map(int, args.batch.split("x"))
+    return Shape(shape.config, shape.dtype, (examples, length), shape.scored)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name != "tiny"])
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--batch", help="examples x tokens, for all models; each has its own by default")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3, help="steps timed for each method")
+    parser.add_argument("--output", type=Path, help="append a JSON line per model and method to this file")
+    parser.add_argument("--part", choices=("score", "time", "memory"), help=argparse.SUPPRESS)
+    parser.add_argument("--options", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    quiet(args.threads)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.part:
+        print(json.dumps(run_part(args)))
+        return
+    console = Console(width=150)
+    for name in args.models:
+        with tempfile.TemporaryDirectory() as folder:
+            lines = measure(args, name, shaped(args, name), Path(folder), console)
+        console.print(show(lines))
+        for told in verdicts(lines):
+            console.print(told, highlight=False)
+        append(args.output, lines)
+
+
+if __name__ == "__main__":
+    main()
