@@ -18,6 +18,9 @@ from typing import Any
 from experiments.cifar10 import table as cifar10_table
 from experiments.distributed_cifar10 import table as distributed_cifar10_table
 from experiments.distributed_glue import table as distributed_glue_table
+from experiments.structured import NAMES as STRUCTURES
+from experiments.structured import TITLES as CHOICES
+from experiments.structured import table as structured_table
 from fishmask.demo import COLUMNS, RECIPES, TITLES, caption, row
 from fishmask.recipe import recipe_from
 from fishmask.tables import costs_table, differences_table, layers_table, methods_table, search_table
@@ -314,6 +317,32 @@ def ablation() -> str:
     return f"{table(['mask by', *settings[1:], *PARTS], rows)}\n\n{note} {machine(lines[-1])}"
 
 
+def structured() -> str:
+    """Return the accuracy of structured masks."""
+    lines = records("structured")
+    seeds = "Test part, mean ± standard deviation (seeds)"
+    return f"{structured_table(lines)}\n\n{seeds}; bytes of the float32 delta. {machine(lines[-1])}"
+
+
+def structured_costs() -> str:
+    """Return what structured masks save: a step beside the floor, and bytes of indices."""
+    lines = latest(records("structured_costs"), lambda line: (line["method"], line["block"]))
+    shapes = list(lines[-1]["seconds"])
+    rows = [
+        [
+            f"{CHOICES[line['method']]}: {STRUCTURES[line['block']]}",
+            f"{line['entries']:,}",
+            *(f"{line['seconds'][shape] / line['floor_seconds'][shape]:.2f}" for shape in shapes),
+            *(f"{line[key] / line['entries']:.3f}" for key in ("index_bytes", "index_bytes_by_block")),
+        ]
+        for method in CHOICES
+        for line in lines
+        if line["method"] == method
+    ]
+    columns = ["mask", "entries", *(f"step, {shape}" for shape in shapes), "index bytes per entry", "coded by block"]
+    return f"{table(columns, rows)}\n\n{machine(lines[-1])}"
+
+
 def glue(write: Callable[[Any], str]) -> Callable[[], str]:
     """Return what writes one of the report's tables from the committed records."""
 
@@ -338,6 +367,8 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "exchange": ("exchange", exchange),
     "distributed-glue": ("distributed_glue", distributed_glue),
     "recipe": ("recipe", recipe),
+    "structured": ("structured", structured),
+    "structured-costs": ("structured_costs", structured_costs),
     "claims": ("glue_ablation", ablation),
     "glue": ("glue", glue(lambda lines: methods_table(lines, 0.005))),
     "gaps": ("glue", glue(lambda lines: differences_table(lines, 0.005))),
