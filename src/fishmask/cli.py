@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from fishmask import __version__, cli_checkpoints, cli_delta, cli_glue, cli_mask, cli_plan, cli_rounds, cli_train
+from fishmask import (
+    __version__,
+    cli_checkpoints,
+    cli_delta,
+    cli_glue,
+    cli_mask,
+    cli_plan,
+    cli_rounds,
+    cli_score,
+    cli_train,
+)
 from fishmask.console import Group, bars, print_json, report
 
 EPILOG = "Exit codes: 0 done, 1 cannot be done (one line on stderr says why), 2 not understood."
@@ -19,7 +29,7 @@ app = typer.Typer(
     help="Train a small, fixed share of a model's numbers, those with the largest Fisher information, "
     "and keep the result as a small file.\n\nStart with [bold]fishmask demo[/].",
 )
-app.command("score", no_args_is_help=True)(cli_mask.score)
+app.command("score", no_args_is_help=True)(cli_score.score)
 app.add_typer(cli_mask.app, name="mask")
 app.command("plan", no_args_is_help=True)(cli_plan.plan)
 app.command("train", no_args_is_help=True)(cli_train.train)

@@ -1,11 +1,11 @@
-"""The commands ``fishmask score`` and ``fishmask mask ...``."""
+"""The commands ``fishmask mask ...``, and options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from fishmask.console import bars, print_json, print_table, report
+from fishmask.console import print_json, print_table, report
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for programs.")]
 Keep = Annotated[list[str] | None, typer.Option(help="Train this parameter whole (a name or pattern; repeatable).")]
@@ -27,54 +27,6 @@ MaskFile = Annotated[Path, typer.Argument(help="A mask file, a delta file, or th
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps; auto takes the GPU when there is one.")]
 
 app = typer.Typer(no_args_is_help=True, help="Choose the entries to train, and look at what was chosen.")
-
-
-def score(
-    model: Model,
-    data: TrainingData,
-    text: Text = "text",
-    label: Label = "label",
-    pair: Pair = None,
-    task: Task = "auto",
-    method: Annotated[
-        Literal["fisher", "absolute", "gradient", "snip", "magnitude", "random"], typer.Option(help="What to score by.")
-    ] = "fisher",
-    labels: Annotated[
-        Literal["given", "expected", "sampled"],
-        typer.Option(help="Labels of the Fisher score: the data's (empirical), or the model's own."),
-    ] = "given",
-    examples: Annotated[int, typer.Option(help="How many examples to score.")] = 1024,
-    engine: Annotated[
-        Literal["auto", "batched", "loop"], typer.Option(help="Batched is fast; loop takes one example at a time.")
-    ] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Examples per batch.")] = 16,
-    max_length: MaxLength = 128,
-    seed: Annotated[int, typer.Option(help="Seed of the new head and of the examples drawn.")] = 0,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The scores file.")] = Path("scores.safetensors"),
-    json: Json = False,
-) -> None:
-    """Score every entry of a model: how much does it matter for these examples?
-
-    Example: fishmask score bert-base-uncased train.csv --text sentence --label label -o scores.safetensors
-    """
-    from fishmask.choose import counted
-    from fishmask.data import encode, read_examples
-    from fishmask.fisher import scores
-    from fishmask.hub import load_for_training
-    from fishmask.scorefile import write_scores
-
-    table = read_examples(data, text, label, pair=pair, task=task)
-    loaded = load_for_training(model, table.classes, seed=seed)
-    encoded = encode(table, loaded.tokenizer, max_length)
-    examples = min(examples, len(encoded))
-    with bars() as progress:
-        batches = counted(encoded.sample(examples, batch_size, seed), examples, progress)
-        result = scores(
-            loaded.model, batches, method=method, labels=labels, examples=examples, engine=engine, seed=seed
-        )
-    about = {"method": method, "labels": labels, "examples": examples, "seed": seed, "model": model}
-    write_scores(output, result, head=loaded.head, about=about)
-    report({"scores": output, **about, "parameters": len(result)}, json, "Scores")
 
 
 @app.command("select", no_args_is_help=True)

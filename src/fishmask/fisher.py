@@ -17,7 +17,6 @@ from fishmask.errors import FishError
 from fishmask.guards import Guard, check_independence, left_as_found, require_gradients
 from fishmask.likelihoods import Labels, Likelihood, Loss
 from fishmask.params import canonical_parameters
-from fishmask.passes import ScoringPlan
 from fishmask.quantized import dequantized
 from fishmask.rules import ABSOLUTE, SQUARE, Power
 from fishmask.scoring import Engine, Scoring, check_finite, checked_batches
@@ -82,14 +81,26 @@ def fisher(
         >>> {name: list(score.shape) for name, score in scores.items()}
         {'weight': [3, 2], 'bias': [3]}
     """
-    likelihood = _checked(model, labels, examples, loss, engine, seed)
-    with dequantized(model):
-        scoring = Scoring(model, batches, likelihood, examples, engine, memory=memory, place=sums, folder=folder)
-        with closing(scoring), _counter(progress, scoring.steps) as advance:
-            return scoring.run(advance)
+    with (
+        prepared(
+            model,
+            batches,
+            labels=labels,
+            examples=examples,
+            loss=loss,
+            engine=engine,
+            seed=seed,
+            memory=memory,
+            sums=sums,
+            folder=folder,
+        ) as scoring,
+        _counter(progress, scoring.steps) as advance,
+    ):
+        return scoring.run(advance)
 
 
-def scoring_plan(
+@contextmanager
+def prepared(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
@@ -102,14 +113,12 @@ def scoring_plan(
     memory: int | None = None,
     sums: Place = "device",
     folder: str | PathLike[str] | None = None,
-) -> ScoringPlan:
-    """Say what a scoring will take before it starts: passes, bytes by parts, and time.
-
-    Every pass is tried on two examples of the largest batch, so a plan takes the time of some ten examples.
+) -> Iterator[Scoring]:
+    """Prepare what `fisher` does, so that it can be asked what it will take before it starts.
 
     Args:
         model: As for `fisher`, like all that is not named here.
-        batches: As for `fisher`, but they must be there to be gone through again: a list or a loader.
+        batches: As for `fisher`; for a plan they must be there to be gone through again: a list or a loader.
         method: "fisher" or "absolute"; see `scores`.
         labels: As for `fisher`.
         examples: As for `fisher`.
@@ -118,21 +127,28 @@ def scoring_plan(
         seed: As for `fisher`.
         memory: As for `fisher`.
         sums: As for `fisher`.
-        folder: As for `fisher`; what is finished there already is left out.
+        folder: As for `fisher`; what is finished there already is left out of the plan.
 
-    Returns:
-        The plan; ``print`` shows it as a table.
+    Yields:
+        The scoring: ``plan()`` tells passes, bytes and time, ``run()`` returns the scores.
 
     Raises:
-        ValueError: As for `fisher`, or ``batches`` is an iterator.
+        ValueError: As for `fisher`.
         FishError: As for `fisher`.
+
+    Example:
+        >>> model = nn.Linear(2, 3)
+        >>> with prepared(model, [(torch.randn(8, 2), torch.randint(3, (8,)))], examples=8, memory=24) as scoring:
+        ...     passes, scores = scoring.plan().passes, scoring.run()
+        >>> passes
+        (1, 1)
     """
     power = ABSOLUTE if method == "absolute" else SQUARE
     likelihood = _checked(model, labels, examples, loss, engine, seed, power)
     with dequantized(model):
         scoring = Scoring(model, batches, likelihood, examples, engine, memory=memory, place=sums, folder=folder)
         with closing(scoring):
-            return scoring.plan()
+            yield scoring
 
 
 def scores(
@@ -178,9 +194,29 @@ def scores(
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
-    likelihood = _checked(model, labels, examples, loss, engine, seed, ABSOLUTE if method == "absolute" else SQUARE)
+    likelihood = _checked(model, labels, examples, loss, engine, seed)
     if method not in ("fisher", "absolute") and (memory, sums, folder) != (None, "device", None):
         raise ValueError(f"memory, sums and folder are for the methods 'fisher' and 'absolute', not for {method!r}")
+    if batches is None and method not in ("magnitude", "random"):
+        raise ValueError(f"method={method!r} needs batches; only 'magnitude' and 'random' do without")
+    if batches is not None and method in ("fisher", "absolute"):
+        with (
+            prepared(
+                model,
+                batches,
+                method=method,
+                labels=labels,
+                examples=examples,
+                loss=loss,
+                engine=engine,
+                seed=seed,
+                memory=memory,
+                sums=sums,
+                folder=folder,
+            ) as scoring,
+            _counter(progress, scoring.steps) as advance,
+        ):
+            return scoring.run(advance)
     with dequantized(model):
         parameters = canonical_parameters(model)
         if method == "random":
@@ -192,14 +228,9 @@ def scores(
             magnitudes = {name: p.detach().float().abs() for name, p in parameters.items()}
             check_finite(magnitudes)
             return magnitudes
-        if batches is None:
-            raise ValueError(f"method={method!r} needs batches; only 'magnitude' and 'random' do without")
-        if method in ("fisher", "absolute"):
-            scoring = Scoring(model, batches, likelihood, examples, engine, memory=memory, place=sums, folder=folder)
-            with closing(scoring), _counter(progress, scoring.steps) as advance:
-                return scoring.run(advance)
         if labels == "expected":
             raise ValueError(f"labels='expected' makes every score of method={method!r} zero; use 'given' or 'sampled'")
+        assert batches is not None
         found = _gradient_sums(model, batches, likelihood, examples, 1 if engine == "loop" else None, progress)
         for name, p in parameters.items():
             if method == "snip":

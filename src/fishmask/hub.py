@@ -100,7 +100,8 @@ class Loaded:
     Attributes:
         model: The model, in eval mode.
         tokenizer: Its tokenizer, with a padding token.
-        head: Names of the parameters of the new head, those that the checkpoint does not have.
+        head: Names of the parameters of the new head, those that the checkpoint does not have; none for a language
+            model.
     """
 
     model: Any
@@ -147,6 +148,33 @@ def load_for_training(name: str, classes: Sequence[str] = (), *, seed: int = 0) 
         raise FishError(f"{name}: the checkpoint lacks {len(lost)} weights of the model itself, such as {lost[0]}")
     head = [key for key, _ in model.named_parameters() if key in new] or outside
     return Loaded(model.eval(), tokenizer, tuple(head))
+
+
+def load_language_model(name: str) -> Loaded:
+    """Load a model that predicts the next token, in the dtype of its checkpoint.
+
+    On the CPU the weights stay mapped from the files: they take memory when they are used, and the system may drop
+    them again.
+
+    Args:
+        name: A local model folder or a name on the Hugging Face hub.
+
+    Raises:
+        FishError: transformers is missing, the model cannot be loaded, or its checkpoint lacks weights of it.
+    """
+    transformers = _transformers()
+    name = located(name)
+    with _quiet(transformers), torch.random.fork_rng(devices=[]), _one_error(name):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True)
+        tokenizer = _tokenizer(transformers, name)
+    if missing := sorted(info["missing_keys"]):
+        raise FishError(
+            f"{name}: the checkpoint lacks {len(missing)} weights of a model that predicts the next token, such as "
+            f"{missing[0]}; expected that of a causal language model"
+        )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return Loaded(model.eval(), tokenizer, ())
 
 
 def load_like(base: str, folder: str | Path | None = None) -> Any:

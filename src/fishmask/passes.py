@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,10 @@ class ScoringPlan:
         # One pass on the device leaves its sums as the scores; after several they are in the CPU's memory.
         kept = self.scores_bytes if here and len(self.passes) > 1 and not self.on_disk else 0
         return self.weights_bytes + sums + kept + self.scratch_bytes + self.working_bytes
+
+    def facts(self) -> dict[str, Any]:
+        """Return all of it as plain data."""
+        return {**asdict(self), "device_bytes": self.device_bytes}
 
     def __str__(self) -> str:
         place = "the CPU's memory" if "cpu" in (self.device, self.sums_place) else f"memory of {self.device}"
