@@ -91,6 +91,11 @@ def test_masks_are_those_of_the_unquantized_model(kind: str) -> None:
     assert Mask.random(model, 0.05, 3) == Mask.random(plain(), 0.05, 3)
     assert Mask.random(model, 0.05, 3).shapes == Mask.random(plain(), 0.05, 3).shapes
     assert Mask.magnitude(model, 0.05) == Mask.magnitude(dequantized_twin(model, plain()), 0.05)
+    for block in ("4x4", "rows"):
+        assert Mask.magnitude(model, 0.1, block=block) == Mask.magnitude(
+            dequantized_twin(model, plain()), 0.1, block=block
+        )
+        assert Mask.random(model, 0.1, 3, block=block) == Mask.random(plain(), 0.1, 3, block=block)
     assert Mask.random(plain(), 0.05, 3).with_shapes(model).n == sum(p.numel() for p in plain().parameters())
 
 

@@ -247,7 +247,8 @@ def encode_indices(indices: Mapping[str, Tensor], sizes: Mapping[str, int]) -> t
     """Code sorted flat indices compactly.
 
     Parameters are laid end to end in the order of ``sizes``; the gaps between chosen places, less one, are written as
-    little-endian integers, and all their lowest bytes, all their second bytes and so on are compressed apart.
+    little-endian integers, and all their lowest bytes, all their second bytes and so on are compressed apart. The runs
+    of a mask of blocks are gaps of 0 and all but vanish, so that blocks need no code of their own.
 
     Args:
         indices: Sorted unique flat indices by name.
