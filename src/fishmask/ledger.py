@@ -42,8 +42,8 @@ class Ledger(TorchDispatchMode):
 
     def hold(self, tensors: Iterable[Tensor], role: str) -> None:
         """Say what these tensors are for, noting those that were there before."""
-        for tensor in tensors:
-            for part in _dense_parts(tensor):
+        for part in (part for tensor in tensors for part in _dense_parts(tensor)):
+            if self._host or part.is_meta:
                 self._roles[self._note(part)] = role
 
     def keep(self, role: str) -> None:
