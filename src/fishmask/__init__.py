@@ -14,6 +14,7 @@ from fishmask.forecast import forecast
 from fishmask.formats import export_delta, import_delta
 from fishmask.log import CheckpointLog
 from fishmask.mask import Mask
+from fishmask.prefix import PrefixCache
 from fishmask.rounds import LocalRounds
 from fishmask.switch import Switch
 
@@ -31,6 +32,7 @@ __all__ = [
     "HandshakeError",
     "LocalRounds",
     "Mask",
+    "PrefixCache",
     "RoundError",
     "Switch",
     "Tuning",

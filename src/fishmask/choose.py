@@ -58,7 +58,7 @@ def _excluded(model: nn.Module, data: Encoded, recipe: Recipe, keep: Sequence[st
         return exclude
     lengths = data.in_order(recipe.batch_size)
     costs = step_costs(model, data.batch(lengths[len(lengths) // 2]))
-    return (*exclude, *costs.below(costs.lowest(recipe.step_budget, cached=recipe.prefix_cache_bytes > 0)))
+    return (*exclude, *costs.excluded(recipe.step_budget, cached=recipe.prefix_cache_bytes > 0))
 
 
 def outside_of_layers(model: nn.Module, keep: Sequence[str] = ()) -> list[str]:

@@ -88,6 +88,10 @@ class StepCosts:
             )
         return next(lowest for lowest in range(n + 1) if self.step(lowest, cached) <= budget)
 
+    def excluded(self, budget: float, cached: bool = False) -> tuple[str, ...]:
+        """Name the parameters that a mask within a budget leaves alone; arguments as for ``lowest``."""
+        return self.below(self.lowest(budget, cached))
+
     def below(self, lowest: int) -> tuple[str, ...]:
         """Name the parameters that are used below a block."""
         return tuple(name for name, place in self.places.items() if place < lowest)

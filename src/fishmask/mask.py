@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fishmask import container
+from fishmask.batches import Batch
 from fishmask.blocks import Block, random_blocks, top_blocks
+from fishmask.compute import step_costs
 from fishmask.errors import FishError
 from fishmask.fingerprint import State, common_tensors, raw_bits
 from fishmask.params import matching
@@ -54,6 +56,10 @@ class Mask:
         exclude: Patterns = (),
         *,
         block: Block | None = None,
+        step_budget: float | None = None,
+        model: nn.Module | None = None,
+        batch: Batch | None = None,
+        cached: bool = False,
     ) -> "Mask":
         """Choose the entries with the largest scores over the whole model; ties go to the lowest index.
 
@@ -65,15 +71,29 @@ class Mask:
             exclude: Names or patterns of parameters never chosen from.
             block: Choose whole blocks by their summed score per entry instead: height and width as a pair or as text
                 such as ``"16x16"``, or ``"rows"`` or ``"columns"`` (see ``fishmask.blocks``).
+            step_budget: The most that a training step may cost, as a share in (0, 1] of one with entries in every
+                block: the mask keeps to the last blocks then. Needs ``model`` (see ``fishmask.compute``).
+            model: The model that was scored, to count what its layers cost.
+            batch: A batch as it will be trained on, to count on; by default the model's ``dummy_inputs``.
+            cached: Whether the blocks below the mask will come from a ``PrefixCache``.
 
         Returns:
             The mask, with exactly k entries; of blocks at most k, as many as fit.
 
         Raises:
             ValueError: Non-finite scores, a density outside (0, 1], patterns that match nothing or contradict each
-                other, a budget that the kept parameters exceed, or none that has room for a block.
+                other, a budget that the kept parameters exceed, or none that has room for a block; a step budget
+                without a model, or one that no mask of it meets.
+            FishError: A step budget for a model that is no chain of blocks.
         """
-        kept, free, k = budget({name: score.numel() for name, score in scores.items()}, density, keep, exclude)
+        sizes = {name: score.numel() for name, score in scores.items()}
+        if step_budget is not None:
+            if model is None:
+                raise ValueError("step_budget needs model=, to count what its layers cost")
+            below = step_costs(model, batch).excluded(step_budget, cached)
+            given = [exclude] if isinstance(exclude, str) else exclude
+            exclude = (*given, *(name for name in below if name in sizes))
+        kept, free, k = budget(sizes, density, keep, exclude)
         among = {name: scores[name] for name in free}
         return cls._chosen(scores, kept, top_k(among, k) if block is None else top_blocks(among, k, block))
 

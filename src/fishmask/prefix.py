@@ -6,33 +6,33 @@ embeddings nor the blocks below are run.
 """
 
 import inspect
-import json
 import sys
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Set
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
-from importlib.metadata import version
-from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
 from fishmask.attach import Tuning
 from fishmask.batches import Batch, to_device
-from fishmask.compute import chain_of, evaluating, run
+from fishmask.compute import chain_of, run
 from fishmask.errors import FishError
-from fishmask.fingerprint import element_bytes, tensor_hash
+from fishmask.fingerprint import element_bytes
+from fishmask.frozen import Frozen, Reached, examples_in, inputs_of, rows_of, tokens_in
 from fishmask.live import tuning_of
 from fishmask.params import aliases
 from fishmask.sites import Hook
 from fishmask.states import KEY_BYTES, FolderStates, MemoryStates
 
+# Arguments that the states do not depend on.
+_NO_INPUTS = frozenset({"labels", "num_items_in_batch", "return_dict", "use_cache"})
+_PLAIN = (type(None), bool, int, float, str)
 Span = tuple[int, int]  # the first token of an example that is no padding, and the one behind the last
 
 
@@ -99,7 +99,7 @@ class PrefixCache:
             raise FishError("a model sharded by FSDP2 has no prefix cache: its ranks must run every block together")
         self._tuning, self._model = tuning, tuning.model
         self._chain, self._blocks = chain_of(self._model)
-        self._owner = _owner(self._model, self._chain)
+        self._owner = inputs_of(self._model, self._chain)
         self._parameters = inspect.signature(self._owner.forward).parameters
         self._mask = tuning.mask
         self.lowest = self._lowest()
@@ -111,7 +111,7 @@ class PrefixCache:
         self._folder = None if folder is None else Path(folder)
         self._limit, self._dtype, self._trim = limit_bytes, dtype, trim
         self._store: MemoryStates | FolderStates | None = None
-        self._prefix: _Prefix | None = None
+        self._prefix: Frozen | None = None
         self._handles: list[RemovableHandle] = []
         self._filling = False
         self._undo: list[tuple[nn.Module, Any]] = []  # what a forward has changed: (module, its own forward, if any)
@@ -186,7 +186,7 @@ class PrefixCache:
         self._filling = True
         try:
             for batch in batches:
-                with torch.no_grad(), suppress(_Reached):
+                with torch.no_grad(), suppress(Reached):
                     run(self._model, to_device(batch, device))
                 if self._full:
                     break
@@ -200,6 +200,10 @@ class PrefixCache:
         if torch.compiler.is_compiling():
             raise FishError("a compiled model has no prefix cache: leave the `with` block, or do not compile")
         named = self._named(args, kwargs)
+        if learning := [name for name, value in named.items() if isinstance(value, Tensor) and value.requires_grad]:
+            raise FishError(
+                f"a prefix cache is for inputs that do not learn, but {', '.join(learning)} asks for a gradient"
+            )
         self._check_mask()
         try:
             prefix = self._prefix or self._discover(named)
@@ -214,7 +218,7 @@ class PrefixCache:
             spans = self._spans(named, prefix)
             states = self._states(named, spans, prefix)
             if self._filling:
-                raise _Reached
+                raise Reached
             if torch.is_grad_enabled():
                 self._prepare_gradient(states, spans)
             self._serve(states, prefix)
@@ -240,7 +244,7 @@ class PrefixCache:
         self._undo.append((module, vars(module).get("forward")))
         module.forward = forward
 
-    def _serve(self, states: Tensor, prefix: "_Prefix") -> None:
+    def _serve(self, states: Tensor, prefix: Frozen) -> None:
         """Have the frozen part give the states without being run: the last block below the mask returns them."""
         # NaN where the states of a layer below would be: should anything else use them, it shows.
         nothing = states.new_full((1,) * states.dim(), float("nan")).expand(states.shape)
@@ -250,18 +254,18 @@ class PrefixCache:
             self._put(block, partial(_give, prefix.wrap(nothing)))
         self._put(self._blocks[self.lowest - 1], partial(_give, prefix.wrap(states)))
 
-    def _states(self, named: dict[str, Any], spans: list[Span], prefix: "_Prefix") -> Tensor:
+    def _states(self, named: dict[str, Any], spans: list[Span], prefix: Frozen) -> Tensor:
         """Return the states of a batch, of which those that are missing are computed and kept."""
         keys, store = self._keys(named, spans), self._opened(prefix)
         missing = [row for row, key in enumerate(keys) if key not in store]
         if not missing and self._filling:
-            raise _Reached
-        if not missing and (found := self._read(keys, spans, prefix, _width(named))) is not None:
+            raise Reached
+        if not missing and (found := self._read(keys, spans, prefix, tokens_in(named))) is not None:
             self.served += len(keys)
             return found
         # To fill means whole batches, so that an example's state does not depend on what was there before.
         rows = missing if missing and not self._filling else list(range(len(keys)))
-        fresh = prefix.run(named if len(rows) == len(keys) else _rows(named, rows, len(keys)))
+        fresh = prefix.run(named if len(rows) == len(keys) else rows_of(named, rows, len(keys)))
         if fresh.shape[0] != len(rows):
             raise FishError(
                 f"the blocks of {self._chain} were expected to pass on states whose first dimension is the {len(rows)} "
@@ -275,7 +279,7 @@ class PrefixCache:
         self.computed += len(rows)
         if len(rows) == len(keys):
             return fresh
-        states = self._read(keys, spans, prefix, _width(named), skipped=set(rows))
+        states = self._read(keys, spans, prefix, tokens_in(named), skipped=set(rows))
         if states is None:  # damaged on disk
             return prefix.run(named)
         states[rows] = fresh
@@ -283,7 +287,7 @@ class PrefixCache:
         return states
 
     def _read(
-        self, keys: list[bytes], spans: list[Span], prefix: "_Prefix", width: int, skipped: Set[int] = frozenset()
+        self, keys: list[bytes], spans: list[Span], prefix: Frozen, width: int, skipped: Set[int] = frozenset()
     ) -> Tensor | None:
         """Read the states of a batch, zeros at padding; None where one of them is damaged."""
         assert self._store is not None
@@ -298,10 +302,10 @@ class PrefixCache:
         """Return what of an example's state [tokens, ...] is kept."""
         return state[span[0] : span[1]] if span[1] else state
 
-    def _spans(self, named: dict[str, Any], prefix: "_Prefix") -> list[Span]:
+    def _spans(self, named: dict[str, Any], prefix: Frozen) -> list[Span]:
         """Return where each example's tokens are; (0, 0) for all of them, where there is no 2-D ``attention_mask``."""
         mask = named.get("attention_mask")
-        count = _count(named)
+        count = examples_in(named)
         by_row = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == count
         if not (self._trim and prefix.by_token and isinstance(mask, Tensor) and by_row):
             return [(0, 0)] * count
@@ -318,7 +322,7 @@ class PrefixCache:
         common = blake2b(repr(cast).encode(), digest_size=KEY_BYTES)
         own: list[tuple[str, Tensor, bool]] = []
         mask = named.get("attention_mask")
-        for name in sorted(named):
+        for name in sorted(named.keys() - _NO_INPUTS):
             value = named[name]
             if not isinstance(value, Tensor):
                 common.update(f"{name}={value!r}".encode())
@@ -362,8 +366,8 @@ class PrefixCache:
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _asks_for_more(self, named: dict[str, Any]) -> bool:
-        """Whether a forward is to return what only the blocks below can give: their states, or a key-value cache."""
-        if named.get("past_key_values") is not None or named.get("use_cache"):
+        """Whether a forward takes or returns what only the blocks below have: their states, a key-value cache."""
+        if named.get("use_cache") or any(not isinstance(value, (Tensor, *_PLAIN)) for value in named.values()):
             return True
         config = getattr(self._owner, "config", None)
         wanted = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -388,10 +392,10 @@ class PrefixCache:
         if self._prefix is not None:
             self._prefix.check_frozen(self._mask.indices)
 
-    def _discover(self, named: dict[str, Any]) -> "_Prefix":
+    def _discover(self, named: dict[str, Any]) -> Frozen:
         """Run one example to see what runs below the mask; refuse if any of that learns."""
-        prefix = _Prefix(self._model, self._owner, self._chain, self._blocks, self.lowest)
-        one = _rows(named, [0], _count(named))
+        prefix = Frozen(self._model, self._owner, self._chain, self._blocks, self.lowest)
+        one = rows_of(named, [0], examples_in(named))
         if "use_cache" in self._parameters:
             one["use_cache"] = False
         prefix.look(one)
@@ -399,7 +403,7 @@ class PrefixCache:
         self._prefix = prefix
         return prefix
 
-    def _opened(self, prefix: "_Prefix") -> MemoryStates | FolderStates:
+    def _opened(self, prefix: Frozen) -> MemoryStates | FolderStates:
         if self._store is None and self._folder is not None:
             dtype = str(self._dtype or prefix.state_dtype)
             self._store = FolderStates(self._folder, self._limit, prefix.identity() | {"dtype": dtype})
@@ -408,184 +412,9 @@ class PrefixCache:
         return self._store
 
 
-class _Reached(Exception):
-    """The end of the prefix: what it passes on."""
-
-
-class _Prefix:
-    """The frozen part of a model: everything that runs until the last block below the mask is done."""
-
-    def __init__(self, model: nn.Module, owner: nn.Module, chain: str, blocks: list[nn.Module], lowest: int) -> None:
-        self._model, self._owner, self._chain, self._lowest = model, owner, chain, lowest
-        self._first, self._last = blocks[0], blocks[lowest - 1]
-        self._blocks = blocks[:lowest]
-        self.modules: list[nn.Module] = []
-        self.embeddings: nn.Module | None = None
-
-    def look(self, named: dict[str, Any]) -> None:
-        """Run one example, and remember what ran and what came out."""
-        path = self._chain.split(".")
-        above = {id(self._model.get_submodule(".".join(path[:i]))) for i in range(len(path) + 1)}
-        ran: dict[int, nn.Module] = {}
-        outputs: list[tuple[nn.Module, Any]] = []  # until the first block begins
-        entering: list[Any] = []
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if id(module) not in above:
-                ran[id(module)] = module
-                if not entering:
-                    outputs.append((module, output))
-
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entering.append(args[0] if args else next(iter(kwargs.values())))
-
-        hooks = [register_module_forward_hook(leave), self._first.register_forward_pre_hook(enter, with_kwargs=True)]
-        try:
-            states = self.run(named)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for block in self._blocks:
-            ran |= {id(module): module for module in block.modules()}
-        self.modules = list(ran.values())
-        self.state_dtype, self.device, self._shape = states.dtype, states.device, states.shape[1:]
-        self.by_token = states.dim() > 1 and states.shape[1] == _width(named)
-        # The outermost module whose output enters the first block as it is need not run either.
-        whole = [module for module, output in outputs if output is entering[0] and output.shape == states.shape]
-        self.embeddings = whole[-1] if whole else None
-        self.dtype = entering[0].dtype
-        own: dict[int, Tensor] = {id(p): p for module in self.modules for p in module.parameters()}
-        own |= {id(b): b for module in self.modules for b in module.buffers()}
-        names = {id(t): name for name, t in (*self._model.named_parameters(), *self._model.named_buffers())}
-        self._tensors = {names[key]: tensor for key, tensor in own.items()}
-        self._above = {f"{name}." if (name := ".".join(path[:i])) else "" for i in range(len(path) + 1)}
-        self._seen = self._versions()
-
-    def run(self, named: dict[str, Any]) -> Tensor:
-        """Run a batch up to the mask, without dropout and gradients, and return its states [examples, ...]."""
-        own = vars(self._last).get("forward")
-        forward = self._last.forward
-
-        def reach(*args: Any, **kwargs: Any) -> Any:
-            raise _Reached(forward(*args, **kwargs))
-
-        try:
-            with evaluating(self._owner), torch.no_grad():
-                self._last.forward = reach
-                self._owner.forward(**named)
-        except _Reached as reached:
-            output = reached.args[0]
-        else:
-            raise FishError(f"a forward of {type(self._owner).__name__} does not come by {self._chain}")
-        finally:
-            if own is None:
-                del self._last.forward
-            else:
-                self._last.forward = own
-        self._tuple = isinstance(output, tuple)
-        if self._tuple and not any(other is not None for other in output[1:]):
-            output = output[0]
-        if not isinstance(output, Tensor):
-            raise FishError(
-                f"the blocks of {self._chain} were expected to pass on one tensor; got {type(output).__name__}, of "
-                "which a prefix cache does not know what to keep"
-            )
-        return output
-
-    def wrap(self, state: Tensor) -> Any:
-        """Return a state as a block returns it."""
-        return (state,) if self._tuple else state
-
-    def state_shape(self, width: int) -> tuple[int, ...]:
-        """Return the shape of one example's state in a batch of so many tokens."""
-        return (width, *self._shape[1:]) if self.by_token else tuple(self._shape)
-
-    def check(self) -> None:
-        """Refuse weights that have changed since the first forward."""
-        if self._versions() != self._seen:
-            raise FishError(
-                "weights or buffers below the mask have changed since this cache was begun (loaded, moved or written), "
-                "so its states are no longer theirs: make a new PrefixCache"
-            )
-
-    def check_frozen(self, masked: Mapping[str, Tensor]) -> None:
-        """Refuse masked entries, and anything else that learns, in what runs below the mask."""
-        learning = [name for name, tensor in self._tensors.items() if tensor.requires_grad or name in masked]
-        # A parameter of the model itself, or of another module around the blocks, may be used anywhere.
-        learning += [name for name in masked if f"{name.rpartition('.')[0]}.".removeprefix(".") in self._above]
-        if learning:
-            raise FishError(
-                f"a prefix cache needs everything below {self._chain}.{self._lowest} frozen, but these learn: "
-                f"{', '.join(dict.fromkeys(learning))}. Leave them out of the mask with exclude or a step_budget"
-            )
-
-    def identity(self) -> dict[str, Any]:
-        """Return what the states depend on besides the examples."""
-        hashes = {name: tensor_hash(tensor) for name, tensor in sorted(self._tensors.items())}
-        config: Any = getattr(self._owner, "config", None)
-        settings = config.to_dict() if hasattr(config, "to_dict") else {}
-        settings = {name: value for name, value in settings.items() if name not in _OF_THE_HEAD}
-        settings["attention"] = getattr(config, "_attn_implementation", None)
-        return {
-            "blocks": f"{self._chain}[:{self._lowest}]",
-            "model": type(self._owner).__name__,
-            "weights": _short(hashes),
-            "config": _short(settings),
-            "versions": {name: version(name) for name in ("torch", "transformers") if find_spec(name)},
-        }
-
-    def _versions(self) -> list[Any]:
-        """Return what changes when a tensor below the mask is written or moved."""
-        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors.values()]
-
-
-# What a config says of the head, of its labels and of where it comes from.
-_OF_THE_HEAD = frozenset(
-    ("_name_or_path", "architectures", "id2label", "label2id", "num_labels", "problem_type", "transformers_version")
-)
-
-
-def _short(value: Any) -> str:
-    return blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=KEY_BYTES).hexdigest()
-
-
 def _give(output: Any, *args: Any, **kwargs: Any) -> Any:
     """Stand for the forward of a module that need not run."""
     return output
-
-
-def _owner(model: nn.Module, chain: str) -> nn.Module:
-    """Return the part of a model whose inputs decide the states: without the head, for a model that names its base."""
-    base = getattr(model, "base_model", None)
-    blocks = model.get_submodule(chain)
-    if isinstance(base, nn.Module) and any(module is blocks for module in base.modules()):
-        return base
-    return model
-
-
-def _first(named: Mapping[str, Any]) -> Tensor:
-    """Return the input that tells how many examples there are, and how many tokens."""
-    for name in ("attention_mask", "input_ids", "inputs_embeds", *named):
-        if isinstance(value := named.get(name), Tensor) and value.dim():
-            return value
-    raise FishError("a prefix cache needs a tensor among the model's inputs, whose first dimension is the examples")
-
-
-def _count(named: Mapping[str, Any]) -> int:
-    return _first(named).shape[0]
-
-
-def _width(named: Mapping[str, Any]) -> int:
-    first = _first(named)
-    return first.shape[1] if first.dim() > 1 else 0
-
-
-def _rows(named: Mapping[str, Any], rows: list[int], count: int) -> dict[str, Any]:
-    """Return the arguments for some of the examples."""
-    return {
-        name: value[rows] if isinstance(value, Tensor) and value.dim() and value.shape[0] == count else value
-        for name, value in named.items()
-    }
 
 
 def _bytes(state: Tensor, dtype: torch.dtype | None) -> memoryview:
