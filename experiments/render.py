@@ -134,6 +134,51 @@ def step() -> str:
     return f"{table(columns, rows)}\n\n{machine(lines[-1])}"
 
 
+def models() -> str:
+    """Return the benchmark of all sizes: a table for each model, one row per method, and what scoring it takes."""
+    lines = latest(records("models"), lambda line: (line["model"], line["device"], line["method"]))
+    parts = []
+    for key in dict.fromkeys((line["model"], line["device"]) for line in lines):
+        parts += _of_model([line for line in lines if (line["model"], line["device"]) == key])
+    loads = [line["load"] for line in lines if "load" in line]
+    parts.append(f"{machine(lines[-1])} Load average {min(loads):.1f} to {max(loads):.1f}.")
+    return "\n\n".join(parts)
+
+
+def _of_model(lines: list[Record]) -> list[str]:
+    """Write one model of the benchmark of all sizes."""
+    first, steps = lines[0], {line["method"]: line for line in lines if line["method"] != "scoring"}
+    floor, lora = steps["floor"], steps["LoRA r=16"]
+    rows = []
+    for method, line in steps.items():
+        if not line["fits"]:
+            rows.append([method, *[""] * 4, f"predicted {line['predicted_bytes'] / 2**30:.1f} GiB", *[""] * 4])
+            continue
+        ratios = [f"{line['seconds'] / other['seconds']:.2f}" if other["fits"] else "" for other in (floor, lora)]
+        peak, told = line["allocated_bytes"], line.get("predicted_bytes")
+        wrong = [f"{told / size - 1:+.1%}" if told else "" for size in (peak, line.get("resident_bytes", peak))]
+        rows.append(
+            [
+                *(method, f"{line['entries']:,}", f"{line['seconds']:.2f}", *ratios, f"{peak / 2**30:.2f}"),
+                f"{peak / lora['allocated_bytes']:.2f}" if lora["fits"] else "",
+                *wrong,
+                f"{line['file_bytes'] / 1e6:,.1f}" if line["file_bytes"] else "",
+            ]
+        )
+    columns = ["one step", "entries", "seconds", "÷ floor", "÷ LoRA r=16", "GiB at the peak", "÷ LoRA r=16"]
+    columns += ["forecast, of the peak", "of the resident set", "MB file"]
+    where = first["device_name"] or first["device"]
+    told = [f"**{first['model']}**: {first['n']:,} entries, {first['shape']} tokens, {first['dtype']}, {where}:"]
+    told.append(table(columns, rows))
+    for line in lines:
+        if line["method"] == "scoring":
+            told.append(
+                f"Scoring an example of {line['tokens']} tokens: {line['seconds']:.2f} s, by the loop "
+                f"{line['loop_seconds']:.2f} s, {line['times_faster']:.1f} × as long."
+            )
+    return told
+
+
 def checkpoints() -> str:
     """Return the checkpoint benchmark: one row per model and method, and what commits cost a training."""
     lines = latest(records("checkpoints"), lambda line: (line["model"], line["method"]))
@@ -359,6 +404,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "search": ("demo_search", search),
     "scoring": ("scoring", scoring),
     "step": ("step", step),
+    "models": ("models", models),
     "checkpoints": ("checkpoints", checkpoints),
     "commits": ("checkpoints", commits),
     "switch": ("switch", switch),
