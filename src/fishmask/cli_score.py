@@ -59,7 +59,7 @@ def score(
     from fishmask.fisher import prepared, scores
     from fishmask.scorefile import write_scores
 
-    room = None if memory is None else _bytes(memory)
+    room = None if memory is None else bytes_named(memory, "--memory")
     place = device_named(device)
     whole = method in ("fisher", "absolute")
     if not whole and (dry_run or (room, sums, work) != (None, "device", None)):
@@ -138,8 +138,8 @@ def _next_tokens(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
 
 
-def _bytes(size: str) -> int:
-    """Read a size such as ``8GB``, ``500MB`` or a plain number of bytes."""
+def bytes_named(size: str, option: str) -> int:
+    """Read an option's size such as ``8GB``, ``500MB`` or a plain number of bytes."""
     number, unit = size.strip().upper(), 1
     for suffix, factor in _UNITS.items():
         if number.endswith(suffix):
@@ -147,4 +147,4 @@ def _bytes(size: str) -> int:
     try:
         return int(float(number) * unit)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"--memory {size}: expected a size such as 8GB, 500MB or a number of bytes") from error
+        raise ValueError(f"{option} {size}: expected a size such as 8GB, 500MB or a number of bytes") from error

@@ -21,6 +21,7 @@ from fishmask.cli_mask import (
     TrainingData,
     device_named,
 )
+from fishmask.cli_score import bytes_named
 from fishmask.console import bars, report
 
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a training run.")]
@@ -81,6 +82,16 @@ def train(
     precision: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="bfloat16 runs the forward in autocast.")
     ] = "float32",
+    step_budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep the mask to the last layers, so that a step costs at most this share of one with entries in all."
+        ),
+    ] = None,
+    prefix_cache: Annotated[
+        str | None,
+        typer.Option(help="Run the frozen layers below the mask once per example, and keep so much of them: 2GB."),
+    ] = None,
     checkpoint_every: Annotated[
         int | None,
         typer.Option(min=1, help="Commit every so many steps; the same command then goes on where it was interrupted."),
@@ -103,7 +114,8 @@ def train(
         "density": density, "batch_size": batch_size, "max_length": max_length, "seed": seed, "clip": clip,
         "weight_decay": weight_decay, "warm_up_head": warm_up_head, "keep": tuple(keep or ()),
         "exclude": tuple(exclude or ()), "labels": labels, "examples": examples, "engine": engine,
-        "precision": precision, "block": block or "",
+        "precision": precision, "block": block or "", "step_budget": step_budget,
+        "prefix_cache_bytes": 0 if prefix_cache is None else bytes_named(prefix_cache, "--prefix-cache"),
     }  # fmt: skip
     if recipe is not None or (method is None and mask is None):
         settings = preset(recipe or "robust", **given)

@@ -29,6 +29,7 @@ from fishmask.train import Outcome, fit, predict
 MODEL_FILE = "model.safetensors"
 ADAPTER_FOLDER = "adapter"
 CHECKPOINTS_FOLDER = "checkpoints"
+PREFIX_FOLDER = "prefix_cache"
 
 
 def train_table(
@@ -76,6 +77,8 @@ def train_table(
     folder.mkdir(parents=True, exist_ok=True)
     commits = folder / CHECKPOINTS_FOLDER
     log = CheckpointLog(commits, store_base=False, keep_last=2) if checkpoint_every else None
+    prefix = folder / PREFIX_FOLDER
+    shutil.rmtree(prefix, ignore_errors=True)  # what a killed run left
     try:
         outcome = fit(
             loaded.model,
@@ -87,6 +90,7 @@ def train_table(
             log=folder / "log.jsonl",
             checkpoints=log,
             checkpoint_every=checkpoint_every or 1,
+            prefix_folder=prefix,
             progress=progress,
         )
     except BaseException:
@@ -146,6 +150,7 @@ def _metrics(outcome: Outcome, file: Path) -> dict[str, Any]:
         "mask": None if outcome.tuning is None else outcome.tuning.mask.digest,
         "seconds_per_step": outcome.seconds_per_step,
         "seconds_scoring": outcome.seconds_scoring,
+        **({"seconds_filling": outcome.seconds_filling, "prefix_cache": outcome.prefix} if outcome.prefix else {}),
         "peak_memory_bytes": outcome.peak_memory_bytes,
         "file": str(file),
         "file_bytes": file.stat().st_size,

@@ -6,6 +6,7 @@ train their values. Warm-up and training share the steps and the schedule, so ev
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -90,7 +91,7 @@ def fit(
         checkpoints: Where to commit; a training that was interrupted goes on from its newest commit as if nothing had
             happened. Needs a method with a mask.
         checkpoint_every: Steps from one commit to the next.
-        prefix_folder: Where to keep the recipe's prefix cache; by default in memory.
+        prefix_folder: Where to keep the recipe's prefix cache while training; by default in memory.
         progress: Called with the phase ("scoring", "filling the cache", "training"), what is done, and of how much.
 
     Returns:
@@ -176,18 +177,22 @@ def fit(
 def _served(
     outcome: Outcome, tuning: Tuning, data: Encoded, recipe: Recipe, folder: Path | None, progress: Progress
 ) -> Iterator[None]:
-    """Fill a prefix cache with all examples, in one order whenever it is filled, and use it."""
+    """Fill a prefix cache with all examples, in one order whenever it is filled, and use it; then delete it."""
     begin = perf_counter()
     batches = data.in_order(recipe.batch_size)
-    with PrefixCache(tuning, folder, limit_bytes=recipe.prefix_cache_bytes) as cache:
-        progress(FILLING, 0, len(batches))
-        with autocast(device_of(tuning.model), recipe.precision):
-            for done, rows in enumerate(batches, start=1):
-                cache.fill([data.batch(rows)])
-                progress(FILLING, done, len(batches))
-        outcome.seconds_filling = perf_counter() - begin
-        yield
-        outcome.prefix = {"bytes": cache.nbytes, "served": cache.served, "computed": cache.computed}
+    try:
+        with PrefixCache(tuning, folder, limit_bytes=recipe.prefix_cache_bytes) as cache:
+            progress(FILLING, 0, len(batches))
+            with autocast(device_of(tuning.model), recipe.precision):
+                for done, rows in enumerate(batches, start=1):
+                    cache.fill([data.batch(rows)])
+                    progress(FILLING, done, len(batches))
+            outcome.seconds_filling = perf_counter() - begin
+            yield
+            outcome.prefix = {"bytes": cache.nbytes, "served": cache.served, "computed": cache.computed}
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _identity(data: Encoded, recipe: Recipe, mask: Mask | None) -> str:
