@@ -1,6 +1,7 @@
 """Every call that the batched engine knows, and every one that it must refuse by name."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fishmask import FishError, fisher
+from fishmask import FishError, fisher, rules
+from fishmask.costs import GPU
 from fishmask.fisher import scores
 from tests.cases import case, hf, seeded
 from tests.reference import assert_close, loop
@@ -334,6 +336,41 @@ def test_torch_encoder_with_positions_first_and_as_many_examples(B):
     with pytest.warns(UserWarning, match="because .* is used"):
         found = fisher(model, [batch], examples=B)
     assert_close(found, fisher(model, [batch], examples=B, engine="loop"))
+
+
+@pytest.mark.parametrize("power", [rules.SQUARE, rules.ABSOLUTE])
+@pytest.mark.parametrize("x_first", [False, True])
+@pytest.mark.parametrize("dead", [False, True])
+def test_powers_of_all_examples_together(power, x_first, dead, monkeypatch):
+    x, dY = torch.randn(3, 5, 4), torch.randn(3, 5, 6)
+    if dead:  # examples of different lengths, one of them empty
+        dY[0, 2:] = dY[1] = dY[2, 4:] = 0.0
+    start = torch.rand((4, 6) if x_first else (6, 4))
+    want = start.double()
+    for n in range(3):
+        gradient = x[n].double().t() @ dY[n].double()
+        want += power.of(gradient if x_first else gradient.t())
+    calls = []
+    grouped = {False: lambda device: False, True: lambda device: calls.append(device) or True}
+    for together in grouped:
+        monkeypatch.setattr("fishmask.rules._grouped", grouped[together])
+        rule = rules.Product(rules.View("w", start, lambda whole: whole), x, x_first)
+        rule.receive(dY)
+        found = start.clone()
+        rule.sum_(power, found, torch.empty)
+        assert torch.allclose(found.double(), want, rtol=1e-6)
+    assert calls
+
+
+def test_the_kernel_of_powers_serves_only_where_it_was_measured_to_win(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr("fishmask.rules.available", lambda device: True)
+    for square, grouped, wins in ((None, None, False), (2.0, 1.0, True), (1.0, 2.0, False)):
+        monkeypatch.setattr(
+            "fishmask.rules.costs_for", lambda device, s=square, g=grouped: replace(GPU, square=s, grouped=g)
+        )
+        assert rules._grouped(cuda) is wins
+        assert not rules._grouped(cpu)
 
 
 def test_a_batch_that_uses_no_parameter_adds_nothing():

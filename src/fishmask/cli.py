@@ -8,6 +8,7 @@ import typer
 from fishmask import (
     __version__,
     cli_checkpoints,
+    cli_costs,
     cli_delta,
     cli_glue,
     cli_mask,
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command("score", no_args_is_help=True)(cli_score.score)
 app.add_typer(cli_mask.app, name="mask")
 app.command("plan", no_args_is_help=True)(cli_plan.plan)
+app.command("costs")(cli_costs.costs)
 app.command("train", no_args_is_help=True)(cli_train.train)
 app.command("predict", no_args_is_help=True)(cli_train.predict)
 app.add_typer(cli_delta.app, name="delta")

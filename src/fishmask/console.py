@@ -23,6 +23,7 @@ ORDER = (
     "score",
     "mask",
     "plan",
+    "costs",
     "train",
     "predict",
     "delta",

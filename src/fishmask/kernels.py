@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TILE = (128, 128)  # rows and columns of the weight; compiled for sm_80 and sm_90 nothing is spilled
+# Rows and columns of the weight, of the two kernels: compiled for sm_80 and sm_90 neither spills a register. The second
+# holds two tiles at a time, that of an example and the sum.
+TILE = (128, 128)
+POWERS_TILE = (128, 64)
 _TOKENS = 32  # of a step of the product
 _ENTRIES = 256  # written at once
 _LAUNCH = {"num_warps": 8, "num_stages": 3}
@@ -118,11 +121,13 @@ def masked_gradient(a: Tensor, b: Tensor, tiles: Tiles) -> Tensor:
         return masked_gradient_twin(a, b, tiles)
     out = torch.empty(len(tiles.places), device=a.device)
     ROWS, COLUMNS = tiles.size
-    sizes = (len(a), *tiles.shape, *a.stride(), *b.stride())
+    sizes = (len(a), *tiles.shape)
     entries = (tiles.rows, tiles.columns, tiles.starts, tiles.places, tiles.order)
     blocks = {"WIDEN": _interpreted(), "ROWS": ROWS, "COLUMNS": COLUMNS, "TOKENS": _TOKENS, "ENTRIES": _ENTRIES}
     if len(tiles.rows):
-        _triton().masked_gradient[(len(tiles.rows),)](a, b, out, *entries, *sizes, **blocks, **_LAUNCH)
+        _triton().masked_gradient[(len(tiles.rows),)](
+            a.contiguous(), b.contiguous(), out, *entries, *sizes, **blocks, **_LAUNCH
+        )
     return out
 
 
@@ -160,10 +165,16 @@ def add_powers_(left: Tensor, right: Tensor, offsets: Tensor, scores: Tensor, *,
         add_powers_twin_(left, right, offsets, scores, absolute=absolute)
         return
     rows, columns = scores.shape
-    sizes = (len(offsets) - 1, rows, columns, *left.stride(), *right.stride(), *scores.stride())
-    blocks = {"ABSOLUTE": absolute, "WIDEN": _interpreted(), "ROWS": TILE[0], "COLUMNS": TILE[1], "TOKENS": _TOKENS}
-    grid = (-(-rows // TILE[0]), -(-columns // TILE[1]))
-    _triton().add_powers[grid](left, right, offsets, scores, *sizes, **blocks, **_LAUNCH)
+    sizes = (len(offsets) - 1, rows, columns, *scores.stride())
+    blocks = {
+        "ABSOLUTE": absolute,
+        "WIDEN": _interpreted(),
+        "ROWS": POWERS_TILE[0],
+        "COLUMNS": POWERS_TILE[1],
+        "TOKENS": _TOKENS,
+    }
+    grid = (-(-rows // POWERS_TILE[0]), -(-columns // POWERS_TILE[1]))
+    _triton().add_powers[grid](left.contiguous(), right.contiguous(), offsets, scores, *sizes, **blocks, **_LAUNCH)
 
 
 def add_powers_twin_(left: Tensor, right: Tensor, offsets: Tensor, scores: Tensor, *, absolute: bool = False) -> None:

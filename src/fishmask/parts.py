@@ -138,6 +138,7 @@ class Block:
                 self.pieces.append((first, last, start, end))
         self.position = torch.empty(0) if self.whole else compact(position, device)
         self.rows, self.columns = compact(rows, device), compact(columns, device)
+        self.n_rows, self.n_columns = n_rows, n_columns
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the entries for operands a [T, rows] and b [T, columns], float32 [K]."""

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from fishmask.costs import costs_for
+from fishmask.kernels import add_powers_, available
 
 TILE_BYTES = 1 << 19  # a tile of scratch and one of scores stay in the level-2 cache
 
@@ -141,6 +145,9 @@ class Product(Rule):
         if self._dY.shape[1] == 1 or (self._live is not None and int(self._live.sum(1).max()) <= 1):
             self._sum_single(power, acc)
             return
+        if power in (SQUARE, ABSOLUTE) and _grouped(acc.device):
+            add_powers_(*self._together(), acc, absolute=power is ABSOLUTE)
+            return
         factors = [self._factors(n) for n in range(self._dY.shape[0])]
         rows, columns = acc.shape
         step = rows if acc.device.type != "cpu" else max(1, TILE_BYTES // (4 * columns))
@@ -151,6 +158,19 @@ class Product(Rule):
             for left, right in factors:
                 torch.mm(left[:, start : start + step].t(), right, out=product)
                 power.add_(part, product)
+
+    def _together(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return both factors with the tokens of all examples one after the other, and where each example begins."""
+        assert self._dY is not None
+        B, M = self._dY.shape[:2]
+        dY, x = self._dY.flatten(0, 1), self._x.flatten(0, 1)
+        if self._live is None:
+            offsets = torch.arange(0, B * M + 1, M, dtype=torch.int32, device=dY.device)
+        else:
+            kept = self._live.flatten().nonzero().squeeze(1)
+            dY, x = dY.index_select(0, kept), x.index_select(0, kept)
+            offsets = F.pad(self._live.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        return (x, dY, offsets) if self._x_first else (dY, x, offsets)
 
     def _sum_single(self, power: Power, acc: Tensor) -> None:
         assert self._dY is not None
@@ -163,6 +183,16 @@ class Product(Rule):
     def forget(self) -> None:
         """Drop dY."""
         self._dY = self._live = None
+
+
+def _grouped(device: torch.device) -> bool:
+    """Whether the kernel that adds powers without writing gradients was measured to be quicker on this device."""
+    if device.type == "cpu":
+        return False
+    costs = costs_for(device)
+    if costs.square is None or costs.grouped is None:
+        return False
+    return costs.grouped < costs.square and available(device)
 
 
 class Lookup(Rule):
