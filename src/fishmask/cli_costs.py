@@ -65,13 +65,16 @@ def _layers(model: str, mask: Path, place: Any) -> list[dict[str, Any]]:
 
 
 def _print_layers(layers: list[dict[str, Any]]) -> None:
-    ways = ("block", "sampled", "split", "tiles")
+    """Print the ways of weights; biases and norms are summed, whatever their entries."""
     rows = []
     for layer in layers:
-        costs = [f"{layer['costs'][way]:,.0f}" if way in layer["costs"] else "" for way in ways]
-        rows.append([layer["name"], layer["entries"], layer["kind"], layer["layout"], *costs, layer["nbytes"]])
-    columns = ["parameter", "entries", "way", "what is multiplied", *(f"{way}, ns" for way in ways), "bytes"]
-    print_table("The way of each parameter", columns, rows, "Nanoseconds per token; bytes of the plan's indices.")
+        costs = dict(sorted(layer["costs"].items(), key=lambda item: item[1]))
+        others = [f"{way} {cost:,.0f}" for way, cost in costs.items() if way != layer["kind"]]
+        chosen = f"{costs[layer['kind']]:,.0f}" if costs else ""
+        if layer["kind"] != "sum":
+            rows.append([layer["name"], layer["entries"], layer["kind"], layer["layout"], chosen, ", ".join(others)])
+    columns = ["parameter", "entries", "way", "of", "ns", "instead"]
+    print_table("The way of each weight", columns, rows, "ns: what a token is thought to cost, and other ways instead")
 
 
 def _figure(cost: float | None) -> str:
