@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -122,7 +123,7 @@ def step_costs(model: nn.Module, batch: Batch | None = None) -> StepCosts:
         batch = getattr(model, "dummy_inputs", None)
         if batch is None:
             raise ValueError(
-                f"{type(model).__name__} has no dummy_inputs: pass a batch of its inputs to count costs on"
+                f"{type(model).__name__} has no dummy_inputs: pass batch=, one of its inputs to count its costs on"
             )
     device = next(model.parameters()).device
     batch = to_device(cut(batch, 0, 1), device)
@@ -220,11 +221,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Have the layers of ``nn.TransformerEncoder`` run by their parts, which can be counted."""
+    """Have attention run by its parts, which are counted alike on every device."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mha.set_fastpath_enabled(False)  # of nn.TransformerEncoder
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
