@@ -150,9 +150,13 @@ def test_a_gpu_samples_nothing_and_has_tiles_only_once_measured() -> None:
     plan = ProductPlan(indices, (512, 512), device=torch.device("cpu"), costs=GPU_COSTS)
     assert plan.costs["sampled"] == plan.costs["tiles"] == math.inf and plan.kind in ("block", "split")
     quick = replace(GPU_COSTS, tile=GPU_COSTS.multiply / 2)
-    one = torch.arange(128)[:, None] * 4096 + torch.arange(0, 128, 2)  # in one tile of 1,024
-    plan = ProductPlan(one.flatten(), (4096, 4096), device=CPU, costs=replace(quick, gather=1.0))
-    assert plan.kind == "tiles" and plan.tiles is not None and len(plan.tiles.rows) == 1
+    one = (torch.arange(128)[:, None] * 4096 + torch.arange(0, 4096, 3)).flatten()  # in 32 tiles of 1,024
+    plan = ProductPlan(one, (4096, 4096), device=CPU, costs=replace(quick, gather=0.0))
+    assert plan.kind == "tiles" and plan.tiles is not None and len(plan.tiles.rows) == 32
+    assert plan.rows is not None and plan.columns is None  # few rows are kept alone
+    a, b = torch.randn(5, 4096), torch.randn(5, 4096)
+    want = (plan.rows_of(a).double().t() @ b.double()).flatten()[one]
+    assert torch.allclose(plan.product(plan.rows_of(a), b).double(), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["block", "sampled", "split", "tiles"])

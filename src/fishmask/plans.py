@@ -33,7 +33,8 @@ from fishmask.parts import (
 Kind = Literal["block", "sampled", "split", "tiles"]
 
 _WORTH = 0.9  # a split must save a tenth: it takes more calls, and the costs are known no better
-# Operands of a split are copied once for both parts, and kept so for the backward, only if that makes them this small.
+# Operands of a split or of tiles are copied once for all parts, and kept so for the backward, only if that makes them
+# this small.
 _KEEP_COMPACT = 0.25
 
 
@@ -75,23 +76,20 @@ class ProductPlan:
             "tiles": math.inf,
         }
         if costs.tile is not None:
-            area = count_tiles(row, column, size) * TILE[0] * TILE[1]
-            self.costs["tiles"] = costs.tile * area + costs.part
+            self.costs["tiles"] = _tiles_cost(costs, costs.tile, row, column, _few(n_rows, n_columns, size), size)
         self.kind: Kind = _cheapest(self.costs) if kind is None else kind
         if self.kind == "split" and split is None:
             self.kind = "block"  # of a single row and column nothing can be split off
         self.order: Tensor | None = None
         self.tiles: Tiles | None = None
         self.parts: list[Block | Sampled] = []
-        if self.kind == "tiles":
-            self.rows, self.columns = None, None
-            self.tiles = tiles_of(row, column, size, device)
-            return
         n_rows, n_columns = self._taken(n_rows, n_columns, size, costs)
         rows, row, n_rows = used(row, size[0], n_rows)
         columns, column, n_columns = used(column, size[1], n_columns)
         self.rows, self.columns, size = compact(rows, device), compact(columns, device), (n_rows, n_columns)
-        if self.kind == "block":
+        if self.kind == "tiles":
+            self.tiles = tiles_of(row, column, size, device)
+        elif self.kind == "block":
             self.parts = [Block(row, column, size, device, costs)]
         elif self.kind == "sampled":
             self.parts = [Sampled(row, column, size, device, costs)]
@@ -104,9 +102,8 @@ class ProductPlan:
 
     def _taken(self, rows: int, columns: int, size: tuple[int, int], costs: Costs) -> tuple[int, int]:
         """Return how many columns of each operand the parts are given: the used ones, or all."""
-        if self.kind == "split":
-            few_rows, few_columns = rows <= _KEEP_COMPACT * size[0], columns <= _KEEP_COMPACT * size[1]
-            return rows if few_rows else size[0], columns if few_columns else size[1]
+        if self.kind in ("split", "tiles"):
+            return _few(rows, columns, size)
         if self.kind == "sampled":
             return int(transposed(costs, rows, size[0])), int(transposed(costs, columns, size[1]))
         n_columns = int(taken(costs, columns, size[1], rows))
@@ -132,6 +129,21 @@ class ProductPlan:
             return function(a, b, self.tiles)
         found = [part.product(a, b) for part in self.parts]
         return found[0] if self.order is None else torch.cat(found).index_select(0, self.order)
+
+
+def _few(rows: int, columns: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Return how many columns of each operand a plan of several parts takes: the used ones if they are few, or all."""
+    few_rows, few_columns = rows <= _KEEP_COMPACT * size[0], columns <= _KEEP_COMPACT * size[1]
+    return rows if few_rows else size[0], columns if few_columns else size[1]
+
+
+def _tiles_cost(
+    costs: Costs, tile: float, row: Tensor, column: Tensor, few: tuple[int, int], size: tuple[int, int]
+) -> float:
+    _, row, n_rows = used(row, size[0], few[0])
+    _, column, n_columns = used(column, size[1], few[1])
+    copies = sum(costs.copy(n, whole) for n, whole in zip(few, size, strict=True) if n < whole)
+    return float(tile * TILE[0] * TILE[1] * count_tiles(row, column, (n_rows, n_columns)) + copies + costs.part)
 
 
 def _cheapest(ways: dict[Kind, float]) -> Kind:
