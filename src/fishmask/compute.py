@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fishmask.batches import Batch, cut, to_device
 from fishmask.errors import FishError
+from fishmask.live import paused
 from fishmask.params import aliases
 
 BEFORE = -1  # the place of what runs before the first block
@@ -148,7 +149,7 @@ def step_costs(model: nn.Module, batch: Batch | None = None) -> StepCosts:
 
     hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
     try:
-        with evaluating(model), _plain_attention(), torch.no_grad(), counter:
+        with paused(model), evaluating(model), _plain_attention(), torch.no_grad(), counter:
             run(model, batch)
     finally:
         for hook in hooks:

@@ -123,6 +123,8 @@ class PrefixCache:
     def __enter__(self) -> Self:
         if self._handles:
             raise FishError("this PrefixCache is in use already: leave its `with` block first")
+        if any(_is_cache(hook) for hook in self._owner._forward_pre_hooks.values()):
+            raise FishError("this model has a prefix cache in use already: leave its `with` block first")
         if any(type(module).__name__ == "OptimizedModule" for module in self._model.modules()):
             raise FishError("a compiled model has no prefix cache: the compiler would keep what one forward has found")
         self._handles = [
@@ -199,6 +201,8 @@ class PrefixCache:
         """Before the forward: find or compute the states, and put what serves them in the place of the blocks."""
         if torch.compiler.is_compiling():
             raise FishError("a compiled model has no prefix cache: leave the `with` block, or do not compile")
+        if self._tuning._paused:  # the model is scored, or its layers are counted: all of it has to run
+            return None
         named = self._named(args, kwargs)
         if learning := [name for name, value in named.items() if isinstance(value, Tensor) and value.requires_grad]:
             raise FishError(
@@ -415,6 +419,10 @@ class PrefixCache:
 def _give(output: Any, *args: Any, **kwargs: Any) -> Any:
     """Stand for the forward of a module that need not run."""
     return output
+
+
+def _is_cache(hook: Any) -> bool:
+    return isinstance(hook, Hook) and isinstance(getattr(hook._call, "__self__", None), PrefixCache)
 
 
 def _bytes(state: Tensor, dtype: torch.dtype | None) -> memoryview:
