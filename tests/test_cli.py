@@ -126,6 +126,20 @@ def test_show_and_overlap_count_entries(place, tmp_path):
     assert second.k > 0
 
 
+def test_a_step_budget_and_a_prefix_cache_are_told_and_leave_nothing(place, tmp_path):
+    options = ("--method", "fish", "--density", 0.1, "--examples", 16, "--epochs", 2, "-o", tmp_path / "run")
+    told = answer(
+        "train", place / "model", place / "train.tsv", *options, "--step-budget", 0.6, "--prefix-cache", "20MB"
+    )
+    assert told["prefix_cache"]["served"] == 2 * told["prefix_cache"]["computed"] == 2 * 48
+    assert 0 < told["prefix_cache"]["bytes"] < 20_000_000 and told["seconds_filling"] > 0
+    assert not (tmp_path / "run" / "prefix_cache").exists()
+    recipe = json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]
+    assert (recipe["step_budget"], recipe["prefix_cache_bytes"]) == (0.6, 20_000_000)
+    refusal("train", place / "model", place / "train.tsv", *options, "--step-budget", 0.1, code=2)
+    refusal("train", place / "model", place / "train.tsv", *options, "--prefix-cache", "much", code=2)
+
+
 def test_train_leaves_the_delta_the_metrics_and_the_log(place):
     assert sorted(path.name for path in (place / "run").iterdir()) == [
         "config.json", "delta.safetensors", "log.jsonl", "metrics.json", "run.json",

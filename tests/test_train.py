@@ -350,3 +350,53 @@ def test_the_embedded_model_learns_rated_words(tmp_path):
     outcome = fit(loaded.model, train, recipe, head=loaded.head)
     assert outcome.entries == int(0.005 * outcome.tuning.mask.n)
     assert evaluate(loaded.model, validation)["pearson"] > before + 0.3
+
+
+CACHED = replace(TINY, epochs=3, step_budget=0.6, prefix_cache_bytes=10**7)
+
+
+@pytest.mark.parametrize("room", [10**7, 20_000])
+def test_a_training_with_a_prefix_cache_goes_on_bit_for_bit_and_deletes_it(folder, examples, tmp_path, room):
+    recipe = replace(CACHED, prefix_cache_bytes=room)
+    loaded, data, whole = tuned(folder, examples, recipe, validation=None, prefix_folder=tmp_path / "one")
+    assert all("layer.0" not in name and "embeddings" not in name for name in whole.tuning.mask.indices)
+    assert whole.prefix["bytes"] <= room and not (tmp_path / "one").exists() and whole.seconds_filling > 0
+    if room == 10**7:
+        assert (whole.prefix["computed"], whole.prefix["served"]) == (len(data), 3 * len(data))
+    else:
+        assert whole.prefix["computed"] > 2 * len(data) and whole.prefix["served"] > 0
+    with fishmask.CheckpointLog(tmp_path / "log", store_base=False) as log:
+        with pytest.raises(Interrupted):
+            tuned(folder, examples, recipe, checkpoints=log, checkpoint_every=3, progress=interrupt_at(11))
+        again, _, outcome = tuned(folder, examples, recipe, checkpoints=log, checkpoint_every=3)
+    assert Mask.between(again.model, loaded.model).k == 0
+    assert outcome.history == whole.history
+
+
+def test_a_prefix_cache_trains_as_without_one_where_nothing_drops_out(folder, examples):
+    def trained(recipe):
+        loaded, data = start(folder, examples)
+        for module in loaded.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return fit(loaded.model, data, recipe, head=loaded.head)
+
+    # Both step budgets leave the first block alone.
+    plain, cached = trained(replace(CACHED, step_budget=0.8, prefix_cache_bytes=0)), trained(CACHED)
+    assert plain.tuning.mask == cached.tuning.mask and not plain.prefix
+    torch.testing.assert_close(cached.tuning.values, plain.tuning.values, rtol=1e-3, atol=1e-4)
+
+
+def test_the_cache_begins_after_the_warm_up(folder, examples):
+    seen = []
+    recipe = replace(CACHED, warm_up_head=5, exclude=("pooler",))
+    _, data, outcome = tuned(folder, examples, recipe, progress=lambda phase, *_: seen.append(phase))
+    assert seen.index("filling the cache") == len(seen) - 1 - seen[::-1].index("scoring") + 1
+    assert seen.index("training") < seen.index("scoring") and seen[-1] == "training"
+    assert outcome.prefix["computed"] == len(data)
+
+
+def test_a_cache_needs_a_mask_that_leaves_the_first_block_alone(folder, examples, tmp_path):
+    with pytest.raises(FishError, match=r"entries in bert.encoder.layer.0, so there is no frozen block"):
+        tuned(folder, examples, replace(CACHED, step_budget=None), prefix_folder=tmp_path / "prefix")
+    assert not (tmp_path / "prefix").exists()
