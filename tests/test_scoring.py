@@ -1,13 +1,23 @@
 """Scoring in several passes, with sums off the device, planned, killed and resumed."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from fishmask import FishError, fisher
-from fishmask.fisher import scores
+from fishmask import FishError, Mask, fisher
+from fishmask.engine_batched import BatchedEngine
+from fishmask.fisher import prepared, scores
+from fishmask.guards import left_as_found, require_gradients
+from fishmask.likelihoods import Likelihood
 from fishmask.params import canonical_parameters
-from fishmask.passes import Footprint, groups
+from fishmask.passes import Footprint, duration, groups
+from fishmask.score_folder import clear
 from fishmask.sums import Sums
 from tests.cases import case
 from tests.reference import assert_close, reference
@@ -62,10 +72,6 @@ def test_a_pass_keeps_nothing_for_parameters_that_it_does_not_score():
     for last in (False, True):
         names = list(canonical_parameters(model))
         sums = Sums({n: canonical_parameters(model)[n] for n in (names[-2:] if last else names)})
-        from fishmask.engine_batched import BatchedEngine
-        from fishmask.guards import left_as_found, require_gradients
-        from fishmask.likelihoods import Likelihood
-
         with left_as_found(model):
             require_gradients(model, False)
             engine = BatchedEngine(model, canonical_parameters(model), Likelihood(), sums)
@@ -162,3 +168,197 @@ def test_bfloat16_weights_have_float32_sums(memory):
     found = fisher(weight, batches, examples=2048, memory=4 if memory else None)
     assert found["weight"].dtype == torch.float32
     assert found["weight"].item() == 2048 * 0.125**2
+
+
+# -- a folder ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the program forks")
+def test_a_killed_scoring_goes_on_to_the_same_bits(tmp_path):
+    """Killed for good, again and again: between batches, while it saves sums, and while a pass is finished."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.score_kill", str(tmp_path / "work"), "0"],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["status"] == 0 and told["same"]
+    assert told["kills"] >= 3 and told["resumed"] >= 2
+
+
+def begun(tmp_path, **options):
+    """Score with a folder until the data fail after two of three batches."""
+    c = case("bert")
+
+    def failing():
+        yield c.batch(2, 0)
+        yield c.batch(2, 1)
+        raise KeyError("the data ends badly")
+
+    with pytest.raises(KeyError, match="ends badly"):
+        fisher(c.make(), failing(), examples=6, folder=tmp_path, **options)
+    return c, [c.batch(2, seed) for seed in range(3)]
+
+
+def test_a_scoring_goes_on_where_it_stopped(tmp_path):
+    c, batches = begun(tmp_path)
+    taken = []
+    model = c.make()
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: taken.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    found = fisher(model, batches, examples=6, folder=tmp_path)
+    # The first save comes after the first batch and the next ones when they cost little: one batch or two are left.
+    assert taken.count(2) <= 2 + 2  # two batches, and two of the checks
+    assert same_bits(found, fisher(c.make(), batches, examples=6))
+    again = fisher(c.make(), batches, examples=6, folder=tmp_path)  # nothing is left to do
+    assert same_bits(found, again)
+    with pytest.raises(FishError, match="batch 2 is not what it was"):
+        fisher(c.make(), [*batches[:2], c.batch(2, 7)], examples=6, folder=tmp_path)
+
+
+def test_the_engine_of_an_interrupted_pass_is_kept(tmp_path):
+    """With "auto" the loop may have taken over at any batch."""
+    c = case("t5")
+    batches = [c.batch(2, seed) for seed in range(3)]
+
+    def failing():
+        yield from batches[:2]
+        raise KeyError("the data ends badly")
+
+    with pytest.warns(UserWarning, match="one example at a time"), pytest.raises(KeyError):
+        fisher(c.make(), failing(), examples=6, folder=tmp_path)
+    found = fisher(c.make(), batches, examples=6, folder=tmp_path)  # no warning: it is the loop from the beginning
+    assert same_bits(found, fisher(c.make(), batches, examples=6, engine="loop"))
+
+
+def test_another_memory_goes_on_with_what_is_finished(tmp_path):
+    c = case("bert")
+    batches = [c.batch(2, seed) for seed in range(2)]
+    few = largest(c.make())
+
+    class Failing:
+        """The data fail in the third pass."""
+
+        turns = 0
+
+        def __iter__(self):
+            self.turns += 1
+            yield batches[0]
+            if self.turns == 3:
+                raise KeyError("the data ends badly")
+            yield batches[1]
+
+    with pytest.raises(KeyError):
+        fisher(c.make(), Failing(), examples=4, memory=few, folder=tmp_path)
+    with prepared(c.make(), batches, examples=4, memory=3 * few, folder=tmp_path) as scoring:
+        plan = scoring.plan()
+        found = scoring.run()
+    assert 0 < plan.done < plan.entries == sum(p.numel() for p in c.make().parameters())
+    assert same_bits(found, fisher(c.make(), batches, examples=4))
+
+
+def test_another_scoring_is_refused(tmp_path):
+    c, batches = begun(tmp_path / "a")
+    other = c.make()
+    with torch.no_grad():
+        other.classifier.bias[0] += 1
+    for model, options, told in (
+        (other, {}, "other weights"),
+        (c.make(), {"labels": "sampled"}, r"other labels \(given there, sampled now\)"),
+        (c.make(), {"examples": 5}, r"other examples \(6 there, 5 now\)"),
+        (c.make(), {"engine": "loop"}, "other engine"),
+        (c.make(), {"sums": "cpu"}, "other sums"),
+    ):
+        with pytest.raises(FishError, match=told):
+            fisher(model, batches, **{"examples": 6, "folder": tmp_path / "a", **options})
+    with pytest.raises(FishError, match="batch 0 is not what it was"):
+        fisher(c.make(), batches[1:], examples=6, folder=tmp_path / "a")
+    held = prepared(c.make(), batches, examples=6, folder=tmp_path / "a")
+    with held, pytest.raises(FishError, match="is being written by another process"):
+        fisher(c.make(), batches, examples=6, folder=tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "model.safetensors").touch()
+    with pytest.raises(FishError, match="holds other files"):
+        fisher(c.make(), batches, examples=6, folder=tmp_path / "b")
+    (tmp_path / "a" / "sums.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(FishError, match=r"sums\.safetensors is damaged"):
+        fisher(c.make(), batches, examples=6, folder=tmp_path / "a")
+
+
+def test_selection_streams_over_the_files_of_a_folder(tmp_path):
+    """The scores are mapped: the mask is the same, and nothing but the chosen entries stays in memory."""
+    c = case("llama")
+    batches = [c.batch(3, 0)]
+    plain = fisher(c.make(), batches, examples=3)
+    found = fisher(c.make(), batches, examples=3, memory=largest(c.make()), folder=tmp_path)
+    assert len(list(tmp_path.glob("scores-*.safetensors"))) > 1
+    assert Mask.from_scores(found, 0.05) == Mask.from_scores(plain, 0.05)
+    clear(tmp_path)
+    assert not tmp_path.exists()
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_tells_passes_bytes_and_time(tmp_path):
+    c = case("llama")
+    model = c.make()
+    sizes = {name: p.numel() for name, p in canonical_parameters(model).items()}
+    batches = [c.batch(4, seed) for seed in range(3)]
+    with prepared(model, batches, examples=10, memory=largest(model), sums="cpu", folder=tmp_path) as scoring:
+        plan = scoring.plan()
+        assert scoring.steps == 10 * len(plan.passes)
+    assert plan.passes == tuple(map(len, groups(sizes, largest(model))))
+    assert (plan.entries, plan.done, plan.examples, plan.batches) == (sum(sizes.values()), 0, 10, 3)
+    assert plan.weights_bytes >= 4 * plan.entries == plan.scores_bytes
+    assert plan.sums_bytes == plan.scratch_bytes == largest(model)
+    assert plan.device_bytes == plan.weights_bytes + plan.sums_bytes + plan.scratch_bytes + plan.working_bytes
+    assert plan.working_bytes > 0 and plan.seconds > 0
+    assert plan.facts()["device_bytes"] == plan.device_bytes
+    assert f"passes          {len(plan.passes)}, each over 10 examples in 3 batches" in str(plan)
+    with (
+        pytest.raises(ValueError, match="a plan looks at the batches before"),
+        prepared(model, iter(batches), examples=10) as scoring,
+    ):
+        scoring.plan()
+
+
+def test_a_plan_changes_no_score():
+    c = case("bert-padded")
+    batches = [c.batch(3, 0), c.batch(2, 1)]
+    with prepared(c.make(), batches, examples=5) as scoring:
+        scoring.plan()
+        found = scoring.run()
+    assert same_bits(found, fisher(c.make(), batches, examples=5))
+
+
+def test_working_memory_grows_with_the_batch():
+    c = case("bert")
+    small, large = (prepared(c.make(), [c.batch(count, 0)], examples=count) for count in (4, 16))
+    with small as first, large as second:
+        few, many = first.plan(), second.plan()
+    batch = c.batch(16, 0)
+    with prepared(c.make(), [batch], examples=16) as scoring, Footprint() as footprint:
+        scoring.run()
+    assert few.working_bytes < many.working_bytes
+    # What was counted while it ran has the sums in it, and the checks of two examples.
+    assert abs(many.working_bytes + many.sums_bytes - footprint.peak) < 0.15 * footprint.peak
+
+
+def test_a_footprint_counts_memory_once_and_while_it_lasts():
+    kept = torch.zeros(100)
+    with Footprint() as footprint:
+        kept.view(10, 10).add_(1)  # what was there before does not count
+        assert footprint.peak == 0
+        for _ in range(3):
+            doubled = kept * 2
+            doubled.view(-1)[:50].mul_(3)
+            del doubled
+        assert footprint.peak == 400
+        both = torch.cat([kept, kept])
+    assert footprint.peak == both.nbytes == 800
+
+
+def test_durations_are_written_for_people():
+    assert [duration(s) for s in (0.25, 45, 720, 12_000)] == ["0.2 s", "45 s", "12 min", "3 h 20 min"]

@@ -249,7 +249,7 @@ class Scoring:
             with Footprint() as footprint:
                 run.add(part, 0)
             peaks.append(footprint.peak)
-        return peaks[0] + (count - 1) * max(0, peaks[-1] - peaks[0])
+        return run.scratch_bytes + peaks[0] + (count - 1) * max(0, peaks[-1] - peaks[0])
 
 
 class _Run:
@@ -268,6 +268,11 @@ class _Run:
     def engine(self) -> str:
         """The engine that is used now."""
         return "loop" if self._engine is self._loop else "batched"
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What the engine keeps from batch to batch."""
+        return self._engine.scratch_bytes
 
     def use(self, engine: str) -> None:
         """Go on with the engine that an interrupted pass used last."""
