@@ -22,10 +22,8 @@ import argparse
 import copy
 import ctypes
 import gc
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -50,8 +48,9 @@ FLOOR, FULL, LORA, OURS, RANDOM = "floor", "full fine-tuning", f"LoRA r={RANK}",
 EQUAL, SHIRA, SUPER = "LoRA, equal count", "SHiRA", "Supertuning"
 METHODS = (FLOOR, FULL, LORA, EQUAL, SHIRA, SUPER, RANDOM, OURS)
 FREE = 0.9  # of the memory that is free: how much of it a run may be predicted to take
-# Every block of 64 KiB or more is given back to the system once it is free, so that the resident set tells the truth.
-HONEST = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+# Options of glibc's mallopt: blocks from this size on are given back to the system at once when they are free, so that
+# the resident set tells the truth.
+TRIM_THRESHOLD, MMAP_THRESHOLD, LARGE = -1, -3, 65536
 
 
 @dataclass(frozen=True)
@@ -248,12 +247,19 @@ def twin(model: nn.Module, parameters: dict[int, nn.Parameter]) -> nn.Module:
 def memory(shape: Shape, device: str, masks: Path, name: str, count: int) -> dict[str, Any]:
     """Measure the memory of a step, and the file of the result."""
     small, mask = SHAPES["tiny"], mask_of(masks, name)
-    warm = load(small, device)  # libraries and threads take their memory now
-    warm = Method(warm, name, mask and fishmask.Mask.random(warm, DENSITY, seed=0), int(DENSITY * 1e6))
-    warm.step(make_batch(warm.model, *small.batch))
-    del warm
+    for option in (TRIM_THRESHOLD, MMAP_THRESHOLD) if device == "cpu" else ():
+        ctypes.CDLL(None).mallopt(option, LARGE)
+
+    def warm_up() -> None:  # libraries, threads and the profiler take their memory now
+        model = load(small, device)
+        method = Method(model, name, mask and fishmask.Mask.random(model, DENSITY, seed=0), int(DENSITY * 1e6))
+        batch = make_batch(method.model, *small.batch)
+        method.step(batch)
+        rise(lambda: method.step(batch))
+
+    warm_up()
     settle()
-    before = resident()
+    before, others = resident(), standing()
     method = Method(load(shape, device), name, mask, count)
     batch = make_batch(method.model, *shape.batch)
     method.step(batch)
@@ -261,10 +267,8 @@ def memory(shape: Shape, device: str, masks: Path, name: str, count: int) -> dic
     result: dict[str, Any] = {"entries": method.entries}
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        method.step(batch)
+        result["allocated_bytes"] = standing() - others + rise(lambda: method.step(batch))
         result["resident_bytes"] = peak_memory_bytes() - before
-        settle()
-        result["allocated_bytes"] = standing(method) + rise(lambda: method.step(batch))
     else:
         torch.cuda.reset_peak_memory_stats()
         method.step(batch)
@@ -285,8 +289,8 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def standing(method: Method) -> int:
-    """Count the bytes of all tensors that live between steps."""
+def standing() -> int:
+    """Count the bytes of all tensors there are."""
     gc.collect()
     found = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
     found = [part for t in found for part in ([t._indices(), t._values()] if t.is_sparse else [t])]
@@ -311,17 +315,11 @@ def rise(work: Callable[[], None]) -> int:
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-def child(args: argparse.Namespace, part: str, model: str, honest: bool = False, **options: Any) -> Any:
-    """Run a part in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.models", "--part", part, "--models", model]
-    command += ["--device", args.device, "--threads", str(args.threads), "--repeats", str(args.repeats)]
-    if args.batch:
-        command += ["--batch", args.batch]
-    setting = {**os.environ, **(HONEST if honest else {}), "OMP_NUM_THREADS": str(args.threads)}
-    done = subprocess.run(
-        [*command, "--options", json.dumps(options)], env=setting, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+def child(args: argparse.Namespace, work: Callable[..., Any], *options: Any) -> Any:
+    """Do some work in a process of its own: one that has imported everything, save where a GPU forbids that."""
+    context = multiprocessing.get_context("spawn" if args.device == "cuda" else "fork")
+    with context.Pool(1, initializer=quiet, initargs=(args.threads,)) as pool:
+        return pool.apply(work, options)
 
 
 def predicted(shape: Shape, device: str, name: str, count: int, mask: fishmask.Mask | None) -> Forecast | None:
@@ -362,7 +360,7 @@ def measure(args: argparse.Namespace, name: str, shape: Shape, masks: Path, cons
     n = sum(p.numel() for p in load(shape, "meta").parameters())
     count = int(DENSITY * n)
     room = int(FREE * available(args.device))
-    told = {method: predicted(shape, args.device, method, count, None) for method in METHODS}
+    told = {method: child(args, predicted, shape, args.device, method, count, None) for method in METHODS}
     worst = max(one.peak for one in told.values() if one)  # PEFT's sparse methods: estimated as the largest of all
     peaks = {method: one.peak if one else worst for method, one in told.items()}
     # Scoring holds weights, gradients and scores of float32, twice in the loop.
@@ -376,14 +374,14 @@ def measure(args: argparse.Namespace, name: str, shape: Shape, masks: Path, cons
     if not fitting:
         console.print(f"{name}: scoring needs about {size_text(scoring_needs)}; {size_text(room)} are free")
         return lines
-    scored = child(args, "score", name, masks=str(masks))
+    scored = child(args, score, shape, args.device, masks)
     lines.append({**about, "method": "scoring", "n": n, "tokens": SCORED_TOKENS, **scored})
-    seconds = times(args, name, fitting, told, room, masks, count)
+    seconds = times(args, shape, fitting, told, room, masks, count)
     for method in fitting:
-        measured = child(args, "memory", name, honest=True, masks=str(masks), method=method, count=count)
+        measured = child(args, memory, shape, args.device, masks, method, count)
         told_exactly = told[method]
         if method in (OURS, RANDOM):
-            told_exactly = predicted(shape, args.device, method, count, mask_of(masks, method))
+            told_exactly = child(args, predicted, shape, args.device, method, count, mask_of(masks, method))
         line = {**about, "method": method, "n": n, "fits": True, **forecast_line(told_exactly), **measured}
         lines.append(
             {**line, "seconds": min(seconds[method]), "seconds_all": seconds[method], "load": os.getloadavg()[0]}
@@ -401,7 +399,7 @@ def forecast_line(told: Forecast | None) -> dict[str, Any]:
 
 def times(
     args: argparse.Namespace,
-    name: str,
+    shape: Shape,
     fitting: list[str],
     told: dict[str, Forecast | None],
     room: int,
@@ -409,12 +407,12 @@ def times(
     count: int,
 ) -> dict[str, list[float]]:
     """Time steps of all methods together where they fit, else of each alone."""
-    options = {"masks": str(masks), "count": count}
-    known = [told[method] for method in fitting if told[method] is not None]
-    standing = [one.most["values"] + one.most["masks"] + one.most["optimizer"] for one in known]
-    if sum(standing) + max(one.peak for one in known) <= room:
-        return dict(child(args, "time", name, methods=fitting, **options))
-    return {method: child(args, "time", name, methods=[method], **options)[method] for method in fitting}
+    options = (args.repeats, count)
+    known = [one for method in fitting if (one := told[method]) is not None]
+    between = sum(one.most["values"] + one.most["masks"] + one.most["optimizer"] for one in known)
+    if between + max(one.peak for one in known) <= room:
+        return dict(child(args, timed, shape, args.device, masks, fitting, *options))
+    return {method: child(args, timed, shape, args.device, masks, [method], *options)[method] for method in fitting}
 
 
 def show(lines: list[dict[str, Any]]) -> Table:
@@ -471,17 +469,6 @@ def verdicts(lines: list[dict[str, Any]]) -> list[str]:
     return told
 
 
-def run_part(args: argparse.Namespace) -> Any:
-    """Do what a process of its own was started for."""
-    shape, options = shaped(args, args.models[0]), json.loads(args.options)
-    masks = Path(options.pop("masks"))
-    if args.part == "score":
-        return score(shape, args.device, masks)
-    if args.part == "time":
-        return timed(shape, args.device, masks, options["methods"], args.repeats, options["count"])
-    return memory(shape, args.device, masks, options["method"], options["count"])
-
-
 def shaped(args: argparse.Namespace, name: str) -> Shape:
     """Return a shape with the batch that was asked for."""
     shape = SHAPES[name]
@@ -499,15 +486,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3, help="steps timed for each method")
     parser.add_argument("--output", type=Path, help="append a JSON line per model and method to this file")
-    parser.add_argument("--part", choices=("score", "time", "memory"), help=argparse.SUPPRESS)
-    parser.add_argument("--options", help=argparse.SUPPRESS)
     args = parser.parse_args()
     quiet(args.threads)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.part:
-        print(json.dumps(run_part(args)))
-        return
     console = Console(width=150)
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:
