@@ -92,6 +92,14 @@ def _sampled(part: Sampled, a: Tensor, chunks: list[Tensor]) -> Tensor:
     return values
 
 
+def check(every: dict[str, Callable[[], Tensor]]) -> None:
+    """Refuse to time a way whose result is not that of the dense product."""
+    dense = every["dense"]()
+    far = {name: float((way() - dense).norm() / dense.norm()) for name, way in every.items()}
+    if wrong := [name for name, distance in far.items() if distance > 5e-3]:  # bfloat16 rounds the dense one
+        raise SystemExit(f"these ways give another gradient than the dense product: {', '.join(wrong)} ({far})")
+
+
 def least(functions: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
     """Return the least seconds of each function, all called in turn."""
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
@@ -121,7 +129,9 @@ def products(shape: tuple[int, int], tokens: int, repeats: int, device: torch.de
         for density in DENSITIES:
             indices = entries(shape, density, pattern)
             plan = ProductPlan(indices, shape, device=device)
-            seconds = least(ways(indices, a, b), repeats, device)
+            every = ways(indices, a, b)
+            check(every)
+            seconds = least(every, repeats, device)
             lines.append(
                 {
                     "benchmark": "kernels", "what": "product", "shape": list(shape), "tokens": tokens,

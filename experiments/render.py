@@ -8,6 +8,7 @@ A block stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, where NAME
 
 import argparse
 import json
+import operator
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -177,6 +178,32 @@ def _of_model(lines: list[Record]) -> list[str]:
                 f"{line['loop_seconds']:.2f} s, {line['times_faster']:.1f} × as long."
             )
     return told
+
+
+def kernels() -> str:
+    """Return the benchmark of a layer's masked gradient on a CPU: nanoseconds per token, the plan's way in bold."""
+    key = operator.itemgetter("shape", "tokens", "pattern", "density")
+    lines = latest((line for line in records("kernels") if line["device"] == "cpu"), key)
+    ways = {"dense": "dense", "block": "block", "sampled, one chunk": "sampled, whole", "sampled": "sampled"}
+    ways["split"] = "split"
+    rows, behind = [], []
+    for line in lines:
+        seconds = line["seconds"]
+        behind.append(seconds[line["chosen"]] / min(seconds[way] for way in ways))
+        cells = {way: f"{seconds[way] / line['tokens'] * 1e9:,.0f}" for way in ways}
+        cells[line["chosen"]] = f"**{cells[line['chosen']]}**"
+        shape = " × ".join(map(str, line["shape"]))
+        if line["tokens"] == max(other["tokens"] for other in lines):
+            rows.append(
+                [f"{shape}, {line['pattern']}, {100 * line['density']:g} %", *(cells.get(way, "") for way in ways)]
+            )
+    quickest = sum(ratio <= 1.1 for ratio in behind)
+    tokens = " and ".join(f"{count:,}" for count in sorted({line["tokens"] for line in lines}))
+    return (
+        f"{table(['weight, entries, density', *ways.values()], rows)}\n\n"
+        f"With {tokens} tokens the plan's way is the quickest, or within a tenth of it, in {quickest} of {len(behind)} "
+        f"cases; at worst it takes {max(behind):.1f} times as long. {machine(lines[-1])}"
+    )
 
 
 def checkpoints() -> str:
@@ -405,6 +432,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "scoring": ("scoring", scoring),
     "step": ("step", step),
     "models": ("models", models),
+    "kernels": ("kernels", kernels),
     "checkpoints": ("checkpoints", checkpoints),
     "commits": ("checkpoints", commits),
     "switch": ("switch", switch),
