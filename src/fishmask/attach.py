@@ -24,8 +24,9 @@ from fishmask.handshake import agree
 from fishmask.live import LIVE, TRAINERS, hook_optimizers, is_attached
 from fishmask.mask import Mask
 from fishmask.originals import Originals, Present
-from fishmask.params import placed, put, take
+from fishmask.params import find, placed, put, take
 from fishmask.quantized import QuantizedWeight, settle, untrainable, weights
+from fishmask.rounding import Rounding, rounded, salt_of
 from fishmask.sharded import Part, Shards, is_sharded
 from fishmask.sites import Entry, Hook, hook_input_embeddings
 from fishmask.wiring import Wiring
@@ -34,15 +35,21 @@ if TYPE_CHECKING:
     from fishmask.delta import Delta
 
 
-def attach(model: nn.Module, mask: Mask) -> "Tuning":
+def attach(model: nn.Module, mask: Mask, *, rounding: Rounding = "nearest", rounding_seed: int = 0) -> "Tuning":
     """Freeze ``model`` except for the entries of ``mask``, which become trainable values.
 
     The model keeps its classes, module names and ``state_dict`` keys. Give ``tuning.parameters()`` to any
     ``torch.optim`` optimizer and train as usual; the model's weights follow after each ``step()``.
 
     Args:
-        model: Any module, on the device and in the dtype it will train in (float32, bfloat16 or float16).
+        model: Any module, on the device and in the dtype it will train in (float32, bfloat16 or float16). One that is
+            on the meta device as a whole runs its steps without data.
         mask: Entries to train. Parameters go by canonical name or by any other name of a tied parameter.
+        rounding: How values become weights of bfloat16 or float16: "nearest", or "stochastic", to one of the two
+            neighbours at random so that the mean is right; see ``fishmask.rounding``. float32 weights hold the values
+            as they are, whatever is said here.
+        rounding_seed: Seed of stochastic rounding, from 0 to 2**32 - 1. The same values with the same seed are the
+            same weights everywhere, so a training that goes on must be attached with the seed it had.
 
     Returns:
         The ``Tuning``: the k values, and what to do with them.
@@ -50,7 +57,7 @@ def attach(model: nn.Module, mask: Mask) -> "Tuning":
     Raises:
         FishError: The model, or part of it, is attached already.
         ValueError: The mask is empty, names parameters that the model lacks, does not fit their shapes, or chooses
-            from weights of another dtype or of several devices. All faults are in one message.
+            from weights of another dtype or of several devices, all faults in one message; or an unknown rounding.
 
     Source:
         Section 2 of the paper: update only the chosen entries. The authors' code multiplies dense gradients by a dense
@@ -66,7 +73,7 @@ def attach(model: nn.Module, mask: Mask) -> "Tuning":
         >>> model(torch.ones(3, 4)).sum().backward()
         >>> optimizer.step()
     """
-    return Tuning(model, mask)
+    return Tuning(model, mask, rounding, rounding_seed)
 
 
 class Tuning:
@@ -79,13 +86,15 @@ class Tuning:
         model: The attached model.
         mask: The current mask, with the shapes of the model.
         originals: What the base was, at the entries that were ever masked.
+        rounding: How values become weights of lower precision; ``rounding_seed``: the seed of its draws.
         loads: How many times ``load_state_dict`` has reached a module with masked entries.
         reduced: Whether a ``Replica`` has shown the values to ``DistributedDataParallel``.
     """
 
     _flat: Tensor  # float32 [k]: all values, in the order of the entries
 
-    def __init__(self, model: nn.Module, mask: Mask) -> None:
+    def __init__(self, model: nn.Module, mask: Mask, rounding: Rounding = "nearest", rounding_seed: int = 0) -> None:
+        salt_of(rounding, rounding_seed, "")  # raises
         if is_attached(model):
             raise FishError(
                 "this model is attached already: call set_mask() on its Tuning to train other entries, "
@@ -100,6 +109,8 @@ class Tuning:
             raise FishError("this quantized model cannot be trained:\n  " + ";\n  ".join(faults))
         settle(model)
         self.model = model
+        self.rounding: Rounding = rounding
+        self.rounding_seed = rounding_seed
         self.loads = 0
         self._attached = True
         self._away: Present | None = None
@@ -153,6 +164,21 @@ class Tuning:
     def general(self) -> tuple[str, ...]:
         """Names of the parameters whose gradient autograd makes whole, because their use is not known."""
         return () if self._wiring is None else self._wiring.general
+
+    def memory(self) -> dict[str, int]:
+        """Count what attaching keeps on the model's device beyond the model.
+
+        Returns:
+            Bytes by part. "values": the float32 numbers; their gradients take as much in a backward, and optimizers
+            add their state. "indices": those of the entries; on the CPU this is the mask's own memory. "originals":
+            what ``revert`` gives back. "plans": how each layer comes to its gradient.
+        """
+        return {
+            "values": self._flat.nbytes,
+            "indices": sum(entry.indices.nbytes for entry in self._entries.values()),
+            "originals": self.originals.nbytes,
+            "plans": 0 if self._wiring is None else self._wiring.nbytes,
+        }
 
     @property
     def shards(self) -> Shards | None:
@@ -214,7 +240,7 @@ class Tuning:
                     self._wiring.generalise(name)
             found = take(entry.weight, entry.indices)
             # Where the weight is what the value has written, the value keeps the digits that the weight lacks.
-            entry.values.copy_(torch.where(found == entry.values.to(found.dtype), entry.values, found.float()))
+            entry.values.copy_(torch.where(found == entry.rounded(), entry.values, found.float()))
         self._written = self._version()
 
     @property
@@ -261,7 +287,7 @@ class Tuning:
         parameters = self.settled_parameters()
         parts = values.split([len(indices) for indices in self._adopted.values()])
         for (name, indices), part in zip(self._adopted.items(), parts, strict=True):
-            put(parameters[name], indices, part.to(parameters[name].dtype))
+            put(parameters[name], indices, rounded(part, parameters[name].dtype, indices, self._salt(name)))
 
     # --- its life -----------------------------------------------------------------------------------------------------
 
@@ -299,6 +325,9 @@ class Tuning:
         self.mask, self._adopted, self.reduced = mask, {}, False
         for name in before.keys() & self._entries.keys():
             old, new = before[name], self._entries[name]
+            place, stays = find(new.indices, old.indices)
+            with torch.no_grad():  # the digits that the weight lacks
+                new.values.copy_(torch.where(stays, old.values[place], new.values))
             if old.values.grad is not None:
                 new.values.grad = carried(old.values.grad, old.indices, new.indices)
         if optimizer is not None:
@@ -452,7 +481,8 @@ class Tuning:
 
         Args:
             precision: "weights", numbers in the weights' own dtype; "values", the float32 numbers that are trained, so
-                that training can go on from them. They give the same weights.
+                that training can go on from them. They give the same weights, save where stochastic rounding made
+                those: whoever applies values rounds to the nearest.
 
         Raises:
             FishError: The tuning is suspended, or what is not in the mask was changed.
@@ -489,7 +519,7 @@ class Tuning:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out hooks and the flat vector; ``__setstate__`` makes them again."""
         kept = ("model", "mask", "loads", "_attached", "_away", "_adopted", "_required_grad", "originals", "_entries")
-        return {name: getattr(self, name) for name in kept}
+        return {name: getattr(self, name) for name in (*kept, "rounding", "rounding_seed")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -534,6 +564,9 @@ class Tuning:
         if found is not None:
             raise found
         return fitting
+
+    def _salt(self, name: str) -> int | None:
+        return salt_of(self.rounding, self.rounding_seed, name)
 
     def _version(self) -> int:
         """Return a number that grows with every in-place change of the values."""
@@ -583,7 +616,12 @@ class Tuning:
         values = self._flat.split([len(index) for index in indices.values()])
         self._entries = {
             name: Entry(
-                parameters[name], flat, indices[name], nn.Parameter(part), _part(parameters[name], indices[name])
+                parameters[name],
+                flat,
+                indices[name],
+                nn.Parameter(part),
+                _part(parameters[name], indices[name]),
+                self._salt(name),
             )
             for (name, flat), part in zip(mask.indices.items(), values, strict=True)
         }

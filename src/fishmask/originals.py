@@ -68,6 +68,12 @@ class Originals:
         """Sorted flat indices (CPU) of all remembered entries, by parameter."""
         return {name: original.indices for name, original in self._entries.items()}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the remembered bits and of the copies of buffers."""
+        bits = sum(original.bits.nbytes for original in self._entries.values())
+        return bits + sum(buffer.nbytes for buffer in self._buffers.values())
+
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype that the parameter had."""
         return self._entries[name].bits.dtype

@@ -58,7 +58,9 @@ def placed(indices: Tensor, tensor: Tensor) -> Tensor:
 def put(tensor: Tensor, indices: Tensor, values: Tensor) -> None:
     """Write ``values`` to flat indices of ``tensor``, in place, whatever its strides; sorted ones if it is sharded."""
     indices = indices.long()  # no copy where they are
-    if not isinstance(tensor, Tensor):  # a QuantizedWeight
+    if type(tensor) is nn.Parameter and tensor.is_contiguous():  # the case that must be quick
+        tensor.view(-1).index_copy_(0, indices, values)
+    elif not isinstance(tensor, Tensor):  # a QuantizedWeight
         tensor.put(indices, values)
     elif sharded.is_sharded(tensor):
         sharded.put(tensor, indices, values)

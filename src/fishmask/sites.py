@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from fishmask.params import put
 from fishmask.plans import ConvolutionPlan, LookupPlan, ProductPlan
+from fishmask.rounding import rounded
 from fishmask.sharded import Part, own_class
 
 # A copy of the used columns of a layer's input pays only if it is clearly smaller than the input itself, which
@@ -37,14 +38,18 @@ class Entry:
     indices: Tensor  # the same on the weight's device, as `placed` gives them
     values: nn.Parameter  # float32 [K]
     part: Part | None = None  # this rank's, of a sharded weight
+    salt: int | None = None  # of stochastic rounding
+
+    def rounded(self) -> Tensor:
+        """Return the values as the weight holds them."""
+        return rounded(self.values.detach(), self.weight.dtype, self.indices, self.salt)
 
     def write(self) -> None:
         """Write the values into the weight."""
-        values = self.values.detach().to(self.weight.dtype)
         if self.part is None:
-            put(self.weight, self.indices, values)
+            put(self.weight, self.indices, self.rounded())
         else:
-            self.part.put(self.weight, values)
+            self.part.put(self.weight, self.rounded())
 
 
 class Hook:
@@ -106,6 +111,56 @@ class _Gather(torch.autograd.Function):
         return grad.flatten().index_select(0, indices).float(), None, None
 
 
+class _CollectNorm(torch.autograd.Function):
+    """Identity on a layer norm's output whose backward feeds the values of its weight and bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_values: Tensor | None,
+        bias_values: Tensor | None,
+        site: "NormSite",
+    ) -> Tensor:
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.site = site
+        return output.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        needs_output, *_, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad = grad.contiguous()
+        _, by_weight, by_bias = torch.ops.aten.native_layer_norm_backward(
+            grad, x, weight.shape, mean, rstd, weight, bias, [False, needs_weight, needs_bias]
+        )
+        if needs_weight:
+            by_weight = by_weight.flatten().index_select(0, ctx.site.weight_indices).float()
+        if needs_bias:
+            by_bias = by_bias.flatten().index_select(0, ctx.site.bias_indices).float()
+        return (grad if needs_output else None), None, None, None, None, None, by_weight, by_bias, None
+
+
+def _held_by(output: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return the input, means and reciprocal deviations that a layer norm keeps, None where they cannot be had.
+
+    Under hooks on saved tensors (gradient checkpointing is one) looking at them would set those off, and a layer whose
+    input needs no gradient keeps none.
+    """
+    if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return None
+    node: Any = output.grad_fn
+    if type(node).__name__ != "NativeLayerNormBackward0":
+        return None
+    return node._saved_input.detach(), node._saved_result1, node._saved_result2
+
+
 class Site(Hook):
     """Forward hook of one module; subclasses know how its weight is used."""
 
@@ -114,8 +169,15 @@ class Site(Hook):
         self.weight = weight
         self.bias = bias
         # The backward of a forward that has begun needs them also after drop().
+        self.weight_indices = None if weight is None else weight.indices
         self.bias_indices = None if bias is None else bias.indices
         self.paused = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the plan, where there is one."""
+        plan = getattr(self, "plan", None)
+        return 0 if plan is None else int(plan.nbytes)
 
     def drop(self, values: nn.Parameter) -> None:
         """Serve these values no more."""
@@ -241,15 +303,19 @@ class EmbeddingSite(Site):
 
 
 class NormSite(Site):
-    """``nn.LayerNorm`` and ``nn.RMSNorm``: computed again with a weight that leads to the values.
+    """``nn.LayerNorm`` and ``nn.RMSNorm``: PyTorch's fused backward, asked for the gradient of weight and bias alone.
 
-    The second forward costs less than rebuilding the normalised input in the backward, and the fused backward of
-    PyTorch serves both.
+    It needs what the forward of the layer has kept for its own backward. Where that cannot be had, the output is
+    computed again with a weight that leads to the values.
     """
 
     @override
     def collect(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        if (held := _held_by(output)) is not None:
+            values = [None if entry is None else entry.values for entry in (self.weight, self.bias)]
+            collected: Tensor = _CollectNorm.apply(output, *held, module.weight, module.bias, *values, self)
+            return collected
         weight = module.weight if self.weight is None else _gathered(module.weight, self.weight)
         if isinstance(module, nn.RMSNorm):
             return F.rms_norm(x, module.normalized_shape, weight, module.eps)

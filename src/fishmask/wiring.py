@@ -63,6 +63,11 @@ class Wiring:
         """Names of the parameters on the general path."""
         return tuple(self._general)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the plans of all sites."""
+        return sum(site.nbytes for site in self._sites)
+
     def generalise(self, name: str) -> None:
         """Put a parameter on the general path: autograd makes its dense gradient, a hook gathers and drops it."""
         entry, used = self._entries[name], self._used(name)
