@@ -41,8 +41,9 @@ def check_carriable(optimizer: Optimizer, values: Iterable[nn.Parameter]) -> Non
     for p in values:
         for key, state in optimizer.state.get(p, {}).items():
             scalar = state is None or isinstance(state, int | float | bool)
-            per_value = isinstance(state, Tensor) and (state.shape == p.shape or state.numel() == 1)
-            if not (scalar or per_value):
+            # In 8 bits a number means nothing without the scale of its block, also where its shape is that of p.
+            number = type(state) in (Tensor, nn.Parameter) and state.dtype != torch.uint8
+            if not (scalar or (number and (state.shape == p.shape or state.numel() == 1))):
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps state {key!r} that is not one number per value, so it cannot "
                     "follow a change of mask: call set_mask(mask) without the optimizer and build a new one"

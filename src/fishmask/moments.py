@@ -67,9 +67,15 @@ def gather(values: Named, optimizer: Optimizer) -> Moments:
         optimizer: Any ``torch.optim`` optimizer.
 
     Raises:
-        ValueError: It trains something else.
+        ValueError: It trains something else, or keeps its state in tensors of a packed kind.
     """
     check_members(values, optimizer)
+    for state in optimizer.state.values():
+        if kinds := [type(item).__name__ for item in state.values() if isinstance(item, Tensor) and _is_packed(item)]:
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps its state as {kinds[0]}, which a commit cannot hold: train with "
+                "bitsandbytes' 8-bit optimizers, or commit without the optimizer and begin its state anew"
+            )
     places = {id(p): i for i, p in enumerate(values.values())}
     members = [p for group in optimizer.param_groups for p in group["params"]]
     packed = optimizer.state_dict()  # keyed by the order of the members
@@ -102,6 +108,11 @@ def gather(values: Named, optimizer: Optimizer) -> Moments:
     rest["own"] = {key: item for key, item in packed["state"].items() if not isinstance(key, int)}
     rest["further"] = {key: item for key, item in packed.items() if key not in ("state", "param_groups")}
     return Moments(vectors, rest)
+
+
+def _is_packed(item: Tensor) -> bool:
+    """Whether a tensor only stands for its numbers, as torchao's 8-bit states do."""
+    return hasattr(item, "__tensor_flatten__")
 
 
 def _runs(places: list[int]) -> list[list[int]]:
