@@ -4,9 +4,9 @@
     python -m experiments.frontier DATA -o results/frontier.jsonl --seeds 1 --times 3 --point "random 0.34 cache"
 
 MiniLM on MRPC and RTE, 4 epochs, batches of 32, bfloat16 autocast, density 0.5 %. The learning rates are those that
-`experiments.glue` found for the plain masks and for full fine-tuning, the best of three; with --times a multiple of it is
-tried as well, and the table takes the rate with the best held-out score at the first seed. Times are CPU seconds of one
-thread. A line is written after every run, and runs that are in the file already are not repeated.
+`experiments.glue` found for the plain masks and for full fine-tuning, the best of three; with --times a multiple of it
+is tried as well, and the table takes the rate with the best held-out score at the first seed. Times are CPU seconds of
+one thread. A line is written after every run, and runs that are in the file already are not repeated.
 """
 
 import argparse
