@@ -176,6 +176,9 @@ def test_text_and_pairs_mean_the_same() -> None:
 def test_scores_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match="finite; NaN or infinity in: w"):
         top_blocks({"w": torch.tensor([1.0, math.nan])}, 1, (1, 1))
+    large = torch.full((2, 4), 1e308, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"add up to infinity within a block: .* in: w$"):
+        top_blocks({"v": torch.ones(4), "w": large}, 4, "rows")
     with pytest.raises(TypeError, match="must be floating-point tensors"):
         top_blocks({"w": torch.tensor([1, 2])}, 1, (1, 1))
 

@@ -173,12 +173,16 @@ def top_blocks(scores: Mapping[str, Tensor], k: int, block: Block, *, magnitude:
 
     Raises:
         TypeError: A score tensor is not floating-point.
-        ValueError: Scores are NaN or infinite, or no block fits into k.
+        ValueError: Scores are NaN or infinite, or add up to infinity, or no block fits into k.
     """
     check_scores(scores)
     grids = {name: Grid.of(score.shape, block) for name, score in scores.items()}
     _check_fit(grids, k, block)
     ranks = {name: block_means(score, grids[name], magnitude=magnitude) for name, score in scores.items()}
+    if large := [name for name, rank in ranks.items() if not bool(rank.isfinite().all())]:
+        raise ValueError(
+            f"scores add up to infinity within a block: make them all smaller alike; in: {', '.join(wide)}"
+        )
     taken = _in_order(ranks, grids, k)
     spent = sum(int(grids[name].sizes()[hit].sum()) for name, hit in taken.items())
     nonzero = sum(int(grids[name].sizes()[rank != 0].sum()) for name, rank in ranks.items())
