@@ -19,6 +19,7 @@ from typing import Any
 from experiments.cifar10 import table as cifar10_table
 from experiments.distributed_cifar10 import table as distributed_cifar10_table
 from experiments.distributed_glue import table as distributed_glue_table
+from experiments.frontier import table as frontier_table
 from experiments.structured import NAMES as STRUCTURES
 from experiments.structured import TITLES as CHOICES
 from experiments.structured import table as structured_table
@@ -389,6 +390,12 @@ def ablation() -> str:
     return f"{table(['mask by', *settings[1:], *PARTS], rows)}\n\n{note} {machine(lines[-1])}"
 
 
+def frontier() -> str:
+    """Return accuracy against training time of masks within a step budget: a table for each task."""
+    lines = records("frontier")
+    return f"{frontier_table(lines)}\n\nMean ± standard deviation (seeds). {machine(lines[-1])}"
+
+
 def structured() -> str:
     """Return the accuracy of structured masks."""
     lines = records("structured")
@@ -441,6 +448,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "exchange": ("exchange", exchange),
     "distributed-glue": ("distributed_glue", distributed_glue),
     "recipe": ("recipe", recipe),
+    "frontier": ("frontier", frontier),
     "structured": ("structured", structured),
     "structured-costs": ("structured_costs", structured_costs),
     "claims": ("glue_ablation", ablation),
