@@ -18,8 +18,9 @@ from fishmask.costs import Costs
 
 BLOCK_BYTES = 64 << 20  # the most memory that a dense product takes at a time
 # Tokens per sampled product: transposed copies of this size stay in the cache, twice as quick as whole ones. More
-# than 512 gain nothing, and with fewer than 128 the product itself gets slow.
-_CHUNK_BYTES = 1 << 20
+# than 512 gain nothing, and with fewer than 128 the product itself gets slow; half a megabyte for both leaves room for
+# what else runs on the core.
+_CHUNK_BYTES = 1 << 19
 _CHUNK = (128, 512)
 
 
