@@ -181,7 +181,7 @@ def top_blocks(scores: Mapping[str, Tensor], k: int, block: Block, *, magnitude:
     ranks = {name: block_means(score, grids[name], magnitude=magnitude) for name, score in scores.items()}
     if large := [name for name, rank in ranks.items() if not bool(rank.isfinite().all())]:
         raise ValueError(
-            f"scores add up to infinity within a block: make them all smaller alike; in: {', '.join(wide)}"
+            f"scores add up to infinity within a block: make them all smaller alike; in: {', '.join(large)}"
         )
     taken = _in_order(ranks, grids, k)
     spent = sum(int(grids[name].sizes()[hit].sum()) for name, hit in taken.items())
