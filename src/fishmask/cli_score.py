@@ -135,7 +135,8 @@ def _loaded(
 def _next_tokens(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Label each token with itself, which a language model shifts by one; padding counts for nothing."""
     for batch in batches:
-        yield batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        yield {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
 def bytes_named(size: str, option: str) -> int:
