@@ -134,6 +134,16 @@ def test_half_precision_weights(dtype, engine):
     assert_close(found, reference(c, batch, 4, "given"), tolerance=0.25 if dtype == torch.bfloat16 else 0.05)
 
 
+@pytest.mark.parametrize("engine", ["batched", "loop"])
+def test_double_precision_weights(engine):
+    """Padding makes derivatives of exactly zero, which are skipped in every dtype."""
+    c = case("bert-padded")
+    batch = c.batch(4, 1)
+    found = fisher(c.make().double(), [batch], examples=4, engine=engine)
+    assert found["classifier.weight"].dtype == torch.float32
+    assert_close(found, reference(c, batch, 4, "given"))
+
+
 # -- absolute values --------------------------------------------------------------------------------------------------
 
 

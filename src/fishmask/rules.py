@@ -123,7 +123,8 @@ class Product(Rule):
         if (dY[..., 0] != 0).all():
             self._live = None
         else:
-            self._live = torch.linalg.vector_norm(dY, torch.inf, dim=-1, dtype=torch.float32) != 0
+            wide = torch.promote_types(dY.dtype, torch.float32)
+            self._live = torch.linalg.vector_norm(dY, torch.inf, dim=-1, dtype=wide) != 0
 
     def _factors(self, n: int) -> tuple[Tensor, Tensor]:
         """Return the float32 factors of the gradient of example ``n``: left [M, rows] and right [M, columns]."""
