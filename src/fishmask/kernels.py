@@ -117,9 +117,11 @@ def masked_gradient(a: Tensor, b: Tensor, tiles: Tiles) -> Tensor:
         float32 [K], summed in float32, in the order of the mask.
     """
     a, b = _alike(a, b)
-    if not available(a.device) or a.dtype not in _DTYPES:
+    if not a.is_meta and (not available(a.device) or a.dtype not in _DTYPES):
         return masked_gradient_twin(a, b, tiles)
     out = torch.empty(len(tiles.places), device=a.device)
+    if a.is_meta:  # what the kernel would take
+        return out
     ROWS, COLUMNS = tiles.size
     sizes = (len(a), *tiles.shape)
     entries = (tiles.rows, tiles.columns, tiles.starts, tiles.places, tiles.order)
