@@ -130,8 +130,8 @@ def test_indices_take_four_bytes() -> None:
     for thing in held:
         tensors = [value for value in vars(thing).values() if isinstance(value, Tensor) and len(value)]
         assert all(tensor.dtype == torch.int32 for tensor in tensors)
-    for plan in made:
-        assert 4 * len(indices) <= plan.nbytes <= 4 * (2 * len(indices) + 4 * sum(shape))
+    for plan, words in zip(made, (1, 1, 2, 2), strict=True):  # per entry
+        assert 4 * words * len(indices) <= plan.nbytes <= 4 * (words * len(indices) + 4 * sum(shape))
 
 
 @pytest.mark.parametrize("kind", ["block", "sampled", "split"])
@@ -157,6 +157,18 @@ def test_a_gpu_samples_nothing_and_has_tiles_only_once_measured() -> None:
     a, b = torch.randn(5, 4096), torch.randn(5, 4096)
     want = (plan.rows_of(a).double().t() @ b.double()).flatten()[one]
     assert torch.allclose(plan.product(plan.rows_of(a), b).double(), want, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["block", "split", "tiles"])
+@pytest.mark.parametrize("entries", ["one", "column", "row", "all", "scattered", "half"])
+def test_product_on_a_gpu(kind: Kind, entries: str) -> None:
+    a, b = torch.randn(200, 300), torch.randn(200, 150)
+    indices = chosen((300, 150), entries)
+    plan = ProductPlan(indices, (300, 150), device=torch.device("cuda"), kind=kind)
+    got = plan.product(plan.rows_of(a.cuda()), plan.columns_of(b.cuda()))
+    assert_close(got.cpu(), a.double().t() @ b.double(), indices)
 
 
 @pytest.mark.parametrize("kind", ["block", "sampled", "split", "tiles"])

@@ -168,7 +168,6 @@ class Sampled:
         self.chunk = min(_CHUNK[1], max(_CHUNK[0], fitting // 16 * 16))
         starts = F.pad(torch.bincount(row_at, minlength=self.n_rows).cumsum(0), (1, 0))
         self.row_starts, self.column_at = compact(starts, device), compact(column_at, device)
-        self.position = compact(row_at * self.n_columns + column_at, device)
         self.rows, self.columns = compact(rows, device), compact(columns, device)
         silence_csr_warning()
 
@@ -177,7 +176,9 @@ class Sampled:
         a = a if self.rows is None else a.index_select(1, self.rows)
         b = b if self.columns is None else b.index_select(1, self.columns)
         if torch.compiler.is_compiling():  # which knows no sampled products
-            return (a.t() @ b).flatten().index_select(0, self.position).float()
+            entry = torch.arange(len(self.column_at), device=a.device)
+            row_at = torch.bucketize(entry, self.row_starts[1:], right=True)
+            return (a.t() @ b)[row_at, self.column_at].float()
         a, b = a.float(), b.float()
         values, size = torch.zeros(len(self.column_at), device=a.device), (self.n_rows, self.n_columns)
         for left, right in zip(a.split(self.chunk), b.split(self.chunk), strict=True):
