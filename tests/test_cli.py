@@ -23,7 +23,7 @@ from tests import tiny
 COMMANDS = [
     ("demo",), ("score",), ("mask", "select"), ("mask", "show"), ("mask", "overlap"), ("train",), ("predict",),
     ("delta", "show"), ("delta", "verify"), ("delta", "apply"), ("delta", "between"), ("plot",), ("glue", "run"),
-    ("glue", "ablate"), ("glue", "methods"), ("glue", "submit"), ("report",),
+    ("glue", "ablate"), ("glue", "methods"), ("glue", "submit"), ("report",), ("plan",), ("costs",),
 ]  # fmt: skip
 
 
