@@ -162,3 +162,28 @@ def test_a_norm_of_an_input_without_gradient_is_trained() -> None:
     other(x).square().sum().backward()
     for name, values in tuning.named_parameters():
         torch.testing.assert_close(values.grad, other.get_parameter(name).grad)
+
+
+# --- bfloat16 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("density", [0.002, 0.2, 1.0])
+def test_gradients_of_bf16_layers_are_rounded_once_and_added_in_float32(density: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(512, 256, bias=False).bfloat16()
+    tuning = fishmask.attach(model, Mask.random(model, density, seed=0))
+    (values,) = tuning.parameters()
+    (flat,) = tuning.mask.indices.values()
+    taken = []
+    batches = [(torch.randn(300, 512).bfloat16(), torch.randn(300, 256).bfloat16()) for _ in range(2)]
+    for x, dY in batches:
+        model(x).backward(dY)
+        assert values.grad is not None
+        exact = (dY.double().t() @ x.double()).flatten()[flat]
+        error = (values.grad.double() - exact).abs()
+        assert (error <= exact.abs() * 2.0**-8 + 1e-3).all()  # half a step of bfloat16, and a float32 sum of 300
+        taken.append(values.grad)
+        values.grad = None
+    for x, dY in batches:
+        model(x).backward(dY)
+    assert torch.equal(values.grad, taken[0] + taken[1])
