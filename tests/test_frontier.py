@@ -29,7 +29,7 @@ def test_the_table_has_means_shares_of_the_plain_mask_and_the_goal():
     lines = [line("full", seconds=74), line("FISH plain"), line("FISH plain", 1, 0.7)]
     lines += [line("FISH 0.34 cache", seed, 0.81 - seed / 10, 40, **CACHED) for seed in (0, 1)]
     text = table(lines)
-    assert "**MRPC**: 1,600 rows, 200 steps. Always the same class: 68.4%." in text
+    assert "**MRPC**: 1,600 rows, 4 epochs. Always the same class: 68.4%." in text
     assert "| full | 0.0001 | 80.0% (1) |  | 0.74 | 0.74 | 74 | 15 | 7 | 52 |  |" in text
     assert "| FISH 0.34 cache | 0.001 | 76.0% ± 7.1 (2) | 0.33 | 0.40 | 0.40 | 40 | 8 | 4 | 28 | 132 |" in text
     assert "- FISH 0.34 cache: +1.0 ± 0.0 points (2 seeds) in 0.40 of the time: **reached**" in text

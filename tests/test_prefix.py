@@ -97,10 +97,10 @@ def train(name: str, lowest: int, cached: bool, folder=None, **options):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("lowest", [1, 3, 4])
+@pytest.mark.parametrize("lowest", [1, 4])
 def test_training_is_the_same_as_without_a_cache_and_dropout_below(name, lowest, tmp_path):
     losses, values, _ = train(name, lowest, cached=False)
-    for folder in (None, tmp_path / "states"):
+    for folder in (None, tmp_path / "states")[: 2 if name == "bert" else 1]:
         served, reached, cache = train(name, lowest, True, folder)
         torch.testing.assert_close(served, losses, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(reached, values, rtol=1e-4, atol=1e-5)
@@ -387,11 +387,19 @@ def test_what_cannot_be_served_is_refused():
         run(encoder, turned.batch(4, 0))
 
 
-def test_a_compiled_model_is_refused():
-    tuning, _ = start()
-    tuning.model.bert.encoder.layer[3] = torch.compile(tuning.model.bert.encoder.layer[3])
-    with pytest.raises(FishError, match=r"one longest|compiled model"), PrefixCache(tuning, limit_bytes=ROOM):
+class OptimizedModule(nn.Module):
+    """Named as what ``torch.compile`` makes, which takes seconds to import."""
+
+
+def test_a_compiled_model_is_refused(monkeypatch):
+    tuning, batch = start()
+    tuning.model.extra = OptimizedModule()
+    with pytest.raises(FishError, match="a compiled model has no prefix cache"), PrefixCache(tuning, limit_bytes=ROOM):
         pass
+    del tuning.model.extra
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with PrefixCache(tuning, limit_bytes=ROOM), pytest.raises(FishError, match="a compiled model has no prefix cache"):
+        tuning.model(**batch)
 
 
 def test_a_loss_that_depends_on_padding_is_refused_unless_padding_is_kept():
@@ -417,8 +425,11 @@ def test_what_only_the_lower_blocks_have_is_computed_as_usual():
         tuning.model.config.output_hidden_states = True
         again = tuning.model(**batch).hidden_states
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(expected, found, again, strict=True))
+        tuning.model.train()
+        here = [tuning.model(**batch).hidden_states for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(here[0][:3], expected[:3], strict=True))  # no dropout below ...
+        assert not torch.equal(here[0][4], here[1][4])  # ... but above
         assert cache.served == 0
-    tuning.model.config.output_hidden_states = False
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
