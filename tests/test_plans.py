@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fishmask import parts
 from fishmask.costs import CPU as CPU_COSTS
 from fishmask.costs import GPU as GPU_COSTS
-from fishmask.costs import planned_for
+from fishmask.costs import Costs, planned_for
 from fishmask.parts import Block, best_split, block_cost, count, sampled_cost
 from fishmask.plans import ConvolutionPlan, Kind, LookupPlan, ProductPlan, SidePlan
 
@@ -119,6 +119,17 @@ def test_a_dense_product_takes_no_more_than_its_bound(monkeypatch: pytest.Monkey
 def test_entries_that_fill_their_block_need_no_gather(kind: str) -> None:
     plan = ProductPlan(chosen((400, 300), kind), (400, 300), device=CPU, kind="block", costs=CPU_COSTS)
     assert plan.nbytes <= 4 * 400  # at most the lines
+
+
+@pytest.mark.parametrize("kind", ["block", "sampled", "split", "tiles"])
+@pytest.mark.parametrize("figures", [CPU_COSTS, GPU_COSTS, replace(CPU_COSTS, gather=1e9)])
+def test_few_columns_are_kept_alone_whatever_the_copy_costs(kind: Kind, figures: Costs) -> None:
+    shape = (4096, 512)
+    indices = (torch.arange(0, 4096, 64)[:, None] * 512 + torch.arange(0, 512, 5)).flatten()
+    plan = ProductPlan(indices, shape, device=CPU, kind=kind, costs=figures)
+    a, b = torch.randn(9, 4096), torch.randn(9, 512)
+    assert plan.rows_of(a).shape == (9, 64) and plan.columns_of(b).shape == (9, 103)
+    assert_close(plan.product(plan.rows_of(a), plan.columns_of(b)), a.double().t() @ b.double(), indices)
 
 
 def test_indices_take_four_bytes() -> None:

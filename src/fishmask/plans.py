@@ -33,8 +33,8 @@ from fishmask.parts import (
 Kind = Literal["block", "sampled", "split", "tiles"]
 
 _WORTH = 0.9  # a split must save a tenth: it takes more calls, and the costs are known no better
-# Operands of a split or of tiles are copied once for all parts, and kept so for the backward, only if that makes them
-# this small.
+# So small a share of an operand's columns is copied in any case: the copy is what is kept for the backward, and memory
+# is worth more than the few nanoseconds that a small product may lose by it.
 _KEEP_COMPACT = 0.25
 
 
@@ -102,12 +102,14 @@ class ProductPlan:
 
     def _taken(self, rows: int, columns: int, size: tuple[int, int], costs: Costs) -> tuple[int, int]:
         """Return how many columns of each operand the parts are given: the used ones, or all."""
-        if self.kind in ("split", "tiles"):
-            return _few(rows, columns, size)
-        if self.kind == "sampled":
-            return int(transposed(costs, rows, size[0])), int(transposed(costs, columns, size[1]))
-        n_columns = int(taken(costs, columns, size[1], rows))
-        return int(taken(costs, rows, size[0], n_columns)), n_columns
+        n_rows, n_columns = _few(rows, columns, size)
+        if self.kind == "block":
+            n_columns = min(n_columns, int(taken(costs, columns, size[1], rows)))
+            n_rows = min(n_rows, int(taken(costs, rows, size[0], n_columns)))
+        elif self.kind == "sampled":
+            n_rows = min(n_rows, int(transposed(costs, rows, size[0])))
+            n_columns = min(n_columns, int(transposed(costs, columns, size[1])))
+        return n_rows, n_columns
 
     @property
     def nbytes(self) -> int:
@@ -132,7 +134,7 @@ class ProductPlan:
 
 
 def _few(rows: int, columns: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Return how many columns of each operand a plan of several parts takes: the used ones if they are few, or all."""
+    """Return how many columns of each operand every plan takes: the used ones if they are few, or all."""
     few_rows, few_columns = rows <= _KEEP_COMPACT * size[0], columns <= _KEEP_COMPACT * size[1]
     return rows if few_rows else size[0], columns if few_columns else size[1]
 
