@@ -158,6 +158,25 @@ def test_sums_off_the_device_work_in_passes_and_loops():
     assert_close(found, reference(c, c.batch(3, 0), 3, "given"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sums", ["device", "cpu"])
+@pytest.mark.parametrize("name", ["bert-padded", "gpt2", "llama"])
+def test_a_gpu_scores_in_passes_and_off_the_device(tmp_path, name, sums):
+    c = case(name)
+    batches = [c.batch(3, seed) for seed in range(2)]
+    expected = {n: score.double() for n, score in fisher(c.make(), batches, examples=6).items()}
+    options = {"examples": 6, "sums": sums, "engine": "batched"}
+    for more, device in (({}, "cuda" if sums == "device" else "cpu"), ({"memory": 3 * largest(c.make())}, "cpu")):
+        found = fisher(c.make().cuda(), batches, **options, **more)
+        assert {score.device.type for score in found.values()} == {device}
+        assert_close({n: score.cpu() for n, score in found.items()}, expected)
+        with prepared(c.make().cuda(), batches, **options, **more, folder=tmp_path / str(len(more))) as scoring:
+            plan = scoring.plan()
+            kept = scoring.run()
+        assert plan.device == "cuda" and plan.free_bytes > 0 and plan.working_bytes > 0
+        assert_close(kept, expected)
+
+
 # -- bfloat16 ---------------------------------------------------------------------------------------------------------
 
 
