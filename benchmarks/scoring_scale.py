@@ -10,10 +10,14 @@ same without being killed, to compare the bits; and `fishmask mask select`. Memo
 second: what a process holds for itself (anonymous), and with the pages of mapped files, which the system may drop at
 any time.
 
+    python -m benchmarks.scoring_scale --part precision      # scores from bfloat16 weights against a float64 loop
+    python -m benchmarks.scoring_scale --part prediction     # what a Llama 7B would take on one device
+
 Appends one line to results/scoring_scale.jsonl.
 """
 
 import argparse
+import copy
 import filecmp
 import json
 import os
@@ -30,6 +34,9 @@ from typing import Any
 import torch
 
 from benchmarks.record import append
+from benchmarks.scoring import load, make_batches, paper_loop
+from fishmask import Mask, fisher
+from fishmask.fisher import prepared
 from fishmask.measure import environment
 
 RESULTS = Path(__file__).parents[1] / "results" / "scoring_scale.jsonl"
@@ -44,6 +51,8 @@ SHAPE = {
     "head_dim": 64,
     "tie_word_embeddings": True,
 }
+
+SHAPE_7B = {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_attention_heads": 32}
 
 
 def make_model(folder: Path, shape: dict[str, Any]) -> int:
@@ -131,6 +140,7 @@ def limit(cgroup: Path | None) -> int | None:
 def main() -> None:
     """Run everything and record it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("run", "precision", "prediction"), default="run")
     parser.add_argument("--folder", type=Path, help="where to put the model and the scores; default: a temporary one")
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--vocabulary", type=int, default=SHAPE["vocab_size"])
@@ -141,11 +151,17 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.005)
     parser.add_argument("--cgroup", type=Path, help="a memory cgroup with a limit for every process")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        run(args, args.folder or Path(temporary))
+    if args.part == "run":
+        with tempfile.TemporaryDirectory() as temporary:
+            line = run(args, args.folder or Path(temporary))
+    else:
+        line = precision() if args.part == "precision" else prediction()
+    line = {"part": args.part, "seed": SEED, **line, **environment()}
+    append(RESULTS, [line])
+    print(json.dumps(line, indent=2))
 
 
-def run(args: argparse.Namespace, folder: Path) -> None:
+def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Make the model, score, kill, go on, compare and select."""
     model, work = folder / "model", folder / "work"
     shape = {**SHAPE, "num_hidden_layers": args.layers, "vocab_size": args.vocabulary}
@@ -168,14 +184,13 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     undisturbed.unlink()
     select = ["mask", "select", scored, "--density", args.density, "-o", folder / "mask.safetensors", "--json"]
     selected = Watched(select, args.cgroup)
-    line = {
+    return {
         "model": f"Llama, {args.layers} layers, {args.vocabulary:,} tokens, bfloat16",
         "entries": entries,
         "examples": args.examples,
         "tokens": args.tokens,
         "batch_size": args.batch_size,
         "memory": args.memory,
-        "seed": SEED,
         "limit_bytes": limit(args.cgroup),
         "plan": json.loads(planned.output) | {"taken": planned.facts},
         "killed": killed,
@@ -185,10 +200,52 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         # Without what comes before the first example: loading, and the plan.
         "cpu_seconds_per_example": (plain.facts["cpu_seconds"] - planned.facts["cpu_seconds"]) / args.examples,
         "select": selected.facts | {"density": args.density, "entries": json.loads(selected.output)["entries"]},
-        **environment(),
     }
-    append(RESULTS, [line])
-    print(json.dumps(line, indent=2))
+
+
+def precision(examples: int = 32, tokens: int = 32, density: float = 0.005) -> dict[str, Any]:
+    """Score MiniLM with bfloat16 weights, and compare with a loop in float64 on the same rounded weights."""
+    half = load().bfloat16()
+    exact, single = copy.deepcopy(half).double(), copy.deepcopy(half).float()
+    batches = make_batches(half, examples, tokens, 8)
+    truth = paper_loop(exact, batches)
+    chosen = Mask.from_scores(truth, density)
+    facts: dict[str, Any] = {}
+    for name, model in (("bfloat16", half), ("float32", single)):
+        found = fisher(model, batches, examples=examples)
+        wrong = sum((found[n].double() - truth[n]).square().sum() for n in truth)
+        facts[name] = {
+            "relative_error": (wrong / sum(t.square().sum() for t in truth.values())).sqrt().item(),
+            "overlap": Mask.from_scores(found, density).overlap(chosen),
+        }
+    shape = {"examples": examples, "tokens": tokens, "density": density}
+    return {"model": "all-MiniLM-L6-v2, 2 classes", **shape, **facts}
+
+
+def prediction(examples: int = 16, tokens: int = 128, layers: int = 32) -> dict[str, Any]:
+    """Say what scoring a Llama 7B would take on one device; its layers are alike, so two of them tell of all."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    plans = []
+    for count in (1, 2):
+        with torch.device("meta"):
+            config = LlamaConfig(**SHAPE_7B, num_hidden_layers=count, dtype="bfloat16")
+            model = LlamaForCausalLM(config).bfloat16()
+        model = model.to_empty(device="cpu").eval()
+        generator = torch.Generator().manual_seed(SEED)
+        for p in model.parameters():
+            with torch.no_grad():
+                p.fill_(1) if p.dim() == 1 else p.normal_(std=0.02, generator=generator)
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are no weights
+        ids = torch.randint(SHAPE_7B["vocab_size"], (examples, tokens), generator=generator)
+        with prepared(model, [{"input_ids": ids, "labels": ids}], examples=examples) as scoring:
+            plans.append(scoring.plan())
+    parts = ("entries", "weights_bytes", "sums_bytes", "working_bytes")
+    one, two = ({part: getattr(plan, part) for part in parts} for plan in plans)
+    whole = {part: one[part] + (layers - 1) * (two[part] - one[part]) for part in parts}
+    total = sum(whole[part] for part in parts[1:])
+    shape = {"examples_per_batch": examples, "tokens": tokens}
+    return {"model": f"Llama 7B, {layers} layers, bfloat16", **shape, **whole, "device_bytes": total}
 
 
 if __name__ == "__main__":
