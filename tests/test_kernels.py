@@ -154,7 +154,7 @@ def test_kernels_compile_without_spilling(
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(kernels._LAUNCH))
-    assert compiled.metadata.shared <= 163 << 10  # an A100 has no more for one block
+    assert compiled.metadata.shared <= 99 << 10  # the smallest of these architectures have no more for one block
     assert (" wgmma." if architecture == 90 else "mma.sync") in compiled.asm["ptx"].replace("\t", " ")
     dump = Path(sys.modules["triton"].__file__ or "").parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])

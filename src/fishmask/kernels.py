@@ -91,18 +91,26 @@ def tiles_of(
 def available(device: torch.device) -> bool:
     """Whether the Triton kernels can run on a device.
 
-    They need Triton and an NVIDIA or AMD GPU; with ``TRITON_INTERPRET=1`` in the environment they run anywhere, slowly.
+    They need Triton and an NVIDIA GPU since Ampere; with ``TRITON_INTERPRET=1`` in the environment they run on a CPU,
+    slowly.
     """
-    return _has_triton() and (device.type == "cuda" or _interpreted())
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _has_triton() and (_interpreted() if device.type == "cpu" else _is_ampere(device))
 
 
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+@cache
+def _is_ampere(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def masked_gradient(a: Tensor, b: Tensor, tiles: Tiles) -> Tensor:
@@ -127,9 +135,10 @@ def masked_gradient(a: Tensor, b: Tensor, tiles: Tiles) -> Tensor:
     entries = (tiles.rows, tiles.columns, tiles.starts, tiles.places, tiles.order)
     blocks = {"WIDEN": _interpreted(), "ROWS": ROWS, "COLUMNS": COLUMNS, "TOKENS": _TOKENS, "ENTRIES": _ENTRIES}
     if len(tiles.rows):
-        _triton().masked_gradient[(len(tiles.rows),)](
-            a.contiguous(), b.contiguous(), out, *entries, *sizes, **blocks, **_LAUNCH
-        )
+        with torch.cuda.device_of(a):
+            _triton().masked_gradient[(len(tiles.rows),)](
+                a.contiguous(), b.contiguous(), out, *entries, *sizes, **blocks, **_LAUNCH
+            )
     return out
 
 
@@ -176,7 +185,8 @@ def add_powers_(left: Tensor, right: Tensor, offsets: Tensor, scores: Tensor, *,
         "TOKENS": _TOKENS,
     }
     grid = (-(-rows // POWERS_TILE[0]), -(-columns // POWERS_TILE[1]))
-    _triton().add_powers[grid](left.contiguous(), right.contiguous(), offsets, scores, *sizes, **blocks, **_LAUNCH)
+    with torch.cuda.device_of(scores):
+        _triton().add_powers[grid](left.contiguous(), right.contiguous(), offsets, scores, *sizes, **blocks, **_LAUNCH)
 
 
 def add_powers_twin_(left: Tensor, right: Tensor, offsets: Tensor, scores: Tensor, *, absolute: bool = False) -> None:
