@@ -140,6 +140,7 @@ def test_the_weights_are_a_function_of_the_values() -> None:
     tuning.resume()
     twin = copy.deepcopy(tuning)
     twin.write_back()
+    assert (twin.rounding, twin.rounding_seed) == ("stochastic", 3)
     assert equal(bits(model), weights)
     assert equal(bits(twin.model), weights)
     tuning.set_mask(mask & Mask.random(model, 0.5, seed=1), optimizer)
@@ -215,3 +216,24 @@ def test_updates_too_small_for_the_weight_count_on_average() -> None:
         moved[rounding] = float(model.weight.detach().float().mean() - 1)
     assert moved["nearest"] == 0
     assert moved["stochastic"] == pytest.approx(2.0**-10, rel=0.2)
+
+
+def test_entries_that_others_train_become_the_weights_that_those_have() -> None:
+    base, weights = half_bert(), []
+    everything = Mask.random(base, 0.3, seed=0)
+    mine, theirs = everything.split(2)
+    numbers = {name: torch.randn(len(flat)) for name, flat in everything.indices.items()}
+    for own, other in ((mine, theirs), (theirs, mine)):
+        model = copy.deepcopy(base)
+        tuning = fishmask.attach(model, own, rounding="stochastic", rounding_seed=5)
+        held = [
+            {name: numbers[name][torch.isin(everything.indices[name], flat)] for name, flat in mask.indices.items()}
+            for mask in (tuning.mask, other.with_shapes(model))
+        ]
+        with torch.no_grad():
+            tuning.values.copy_(torch.cat(list(held[0].values())))
+        tuning.adopt(other)
+        tuning.write_back()
+        tuning.write_adopted(torch.cat(list(held[1].values())))
+        weights.append(bits(model))
+    assert equal(*weights)
