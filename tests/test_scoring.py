@@ -85,11 +85,12 @@ def test_a_pass_keeps_nothing_for_parameters_that_it_does_not_score():
     assert peaks[1] < 0.5 * peaks[0]
 
 
-def test_passes_need_the_same_batches_each_time():
+def test_passes_need_the_same_batches_each_time(tmp_path):
     c = case("bert")
     memory = largest(c.make())
     with pytest.raises(ValueError, match=r"passes, but batches is an iterator"):
-        fisher(c.make(), iter([c.batch(3, 0)]), examples=3, memory=memory)
+        fisher(c.make(), iter([c.batch(3, 0)]), examples=3, memory=memory, folder=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
     class Shuffled:
         seed = 0

@@ -66,15 +66,14 @@ class Scoring:
         self._examples, self._engine, self._memory, self._place = examples, engine, memory, place
         self._parameters = canonical_parameters(model)
         self._device = next(iter(self._parameters.values())).device
-        groups({name: p.numel() for name, p in self._parameters.items()}, memory)  # refuses before anything is done
+        passes = len(groups({name: p.numel() for name, p in self._parameters.items()}, memory))
+        if passes > 1 and isinstance(batches, Iterator):
+            raise ValueError(
+                f"memory={memory:,} takes {passes} passes, but batches is an iterator, which is used up after one; "
+                "give a list or a loader"
+            )
         self._folder = None if folder is None else ScoreFolder(Path(folder), self._about())
         self._groups = self._left()
-        if len(self._groups) > 1 and isinstance(batches, Iterator):
-            self.close()
-            raise ValueError(
-                f"memory={memory:,} takes {len(self._groups)} passes, but batches is an iterator, which is used up "
-                "after one; give a list or a loader"
-            )
         self._seen: list[str] = self._folder.batches if self._folder else []
 
     @property
