@@ -294,7 +294,7 @@ def test_a_torn_or_damaged_entry_is_computed_again(tmp_path):
     (folder / "index.bin").write_bytes(index[: 2 * LINE_BYTES + 7])  # and while it wrote the third's line
     assert served() == (3, 2)
     torn = bytearray((folder / "index.bin").read_bytes())
-    torn[3 * LINE_BYTES + 20] ^= 1
+    torn[3 * LINE_BYTES + 2] ^= 1  # in a key
     (folder / "index.bin").write_bytes(torn)
     assert served() == (2, 3)
     damaged = bytearray((folder / "states.bin").read_bytes())
@@ -362,6 +362,14 @@ def test_a_mask_below_is_refused(name, entries, message):
     with pytest.raises(FishError, match=message), PrefixCache(tuning, limit_bytes=ROOM):
         model(**batch)
     assert not any(m._forward_pre_hooks for m in chain_of(model)[1]) and "forward" not in vars(chain_of(model)[1][0])
+
+
+def test_a_masked_parameter_of_the_model_itself_is_refused():
+    encoder = case("torch-encoder")
+    model = encoder.make()
+    attach(model, Mask.from_indices({"place": [0]}))
+    with PrefixCache(model, limit_bytes=ROOM), pytest.raises(FishError, match=r"these learn: place\. Leave them out"):
+        run(model, encoder.batch(2, 0))
 
 
 def test_what_cannot_be_served_is_refused():
@@ -440,7 +448,7 @@ def test_texts_are_generated_as_usual(name):
     expected = tuning.model.generate(**given, **options)
     with PrefixCache(tuning, limit_bytes=ROOM) as cache:
         with torch.no_grad():
-            tuning.model(**given)
+            assert tuning.model(**given).past_key_values is None  # of the lower blocks there would be nothing in it
         assert torch.equal(tuning.model.generate(**given, **options), expected)
         assert cache.computed == 5
 
