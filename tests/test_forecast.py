@@ -115,11 +115,9 @@ def test_masks_and_plans_are_what_an_attached_model_holds_of_them() -> None:
     mask = Mask.random(model, 0.05, seed=0)
     told = forecast(CONFIGS["bert"], batch=(B, S), mask=mask)
     known = attach(model, mask).memory()
-    expected = known["indices"] + known["originals"] + known["plans"] + 8 * mask.k  # of the mask that was given
-    assert told.parts["masks"] == pytest.approx(expected, rel=0.25)
+    expected = known["indices"] + known["originals"] + known["plans"]  # indices: the memory of the mask that was given
+    assert told.parts["masks"] == pytest.approx(expected, rel=0.1)
     assert told.host == 8 * mask.k
-    # A GPU's own memory has neither of the two masks.
-    assert forecast(CONFIGS["bert"], batch=(B, S), mask=mask, device="cuda").parts["masks"] < expected
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])

@@ -101,12 +101,15 @@ def costs_for(device: torch.device | str) -> Costs:
     Returns:
         What the user has stored for this very device, version of PyTorch and number of threads; else what is built in.
     """
-    device = torch.device(device)
-    if device.type == "meta":
-        device = torch.device(_planned_for.get())
+    device = stood_for(torch.device(device))
     if device.type == "cuda" and not torch.cuda.is_available():  # a plan for a machine that is elsewhere
         return GPU
     return _stored(path_for(device), *_key(device).items()) or built_in(device)
+
+
+def stood_for(device: torch.device) -> torch.device:
+    """Return the device itself, or for "meta" the one that it stands for."""
+    return torch.device(_planned_for.get()) if device.type == "meta" else device
 
 
 @contextmanager

@@ -41,10 +41,10 @@ def fit(mask: Mask, model: nn.Module, parameters: Mapping[str, nn.Parameter]) ->
     if faults:
         raise ValueError("the mask does not fit the model: " + "; ".join(faults))
     chosen: dict[str, Tensor] = {}
-    for name, indices in mask.indices.items():
-        known = chosen.get(canonical[name], indices)
-        chosen[canonical[name]] = torch.cat([known, indices]).unique()
-    fitting = Mask.from_indices(chosen, shapes=model)
+    for name, indices in mask.indices.items():  # the same memory, save where a tied parameter goes by two names
+        known = chosen.get(canonical[name])
+        chosen[canonical[name]] = indices if known is None else torch.cat([known, indices]).unique()
+    fitting = Mask(chosen, {name: p.shape for name, p in parameters.items()})
     devices = {parameters[name].device for name in fitting.indices}
     if len(devices) > 1:
         raise ValueError(f"the masked weights are on several devices ({', '.join(map(str, devices))}); put them on one")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fishmask import sharded
+from fishmask.costs import stood_for
 
 _REACH = torch.iinfo(torch.int32).max
 
@@ -50,7 +51,7 @@ def placed(indices: Tensor, tensor: Tensor) -> Tensor:
     """
     device = tensor.device
     plain = isinstance(tensor, Tensor) and not sharded.is_sharded(tensor)
-    if device.type == "cpu" or not plain or tensor.numel() > _REACH:
+    if stood_for(device).type == "cpu" or not plain or tensor.numel() > _REACH:
         return indices.to(device)
     return indices.to(torch.int32).to(device)
 
