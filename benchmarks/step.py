@@ -2,14 +2,17 @@
 
     python -m benchmarks.step [--repeats 7] [--threads 1] [--output results/step.jsonl]
 
-All train MiniLM (22.7M entries) with AdamW on the same batches, the steps of all methods interleaved so that a busy
-machine is unfair to none. "floor" is the forward plus the gradients of the inputs, without any weight gradient: no
-method that trains every layer can be quicker. Reported per method: the least seconds per step (process time), and the
-bytes that autograd keeps alive between forward and backward beyond the weights, counted tensor by tensor.
+All train MiniLM (22.7M entries), and two layers as wide as BERT-base's (random weights, 21.5M entries), with AdamW on
+the same batches, the steps of all methods interleaved so that a busy machine is unfair to none. "floor" is the forward
+plus the gradients of the inputs, without any weight gradient: no method that trains every layer can be quicker.
+Reported per method: the least seconds per step (process time); the bytes that autograd keeps alive between forward and
+backward beyond the weights, counted tensor by tensor; and the most bytes that all tensors have at a time, with weights,
+gradients and optimizer state. One LoRA has as many entries as the mask, as nearly as its rank allows.
 """
 
 import argparse
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -23,14 +26,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import fishmask
-from benchmarks.record import append
+from benchmarks.record import append, verdict
+from fishmask.ledger import Ledger
 from fishmask.measure import environment
 
 DENSITY = 0.005
 SHAPES = {"16x128": (16, 128), "32x8": (32, 8)}  # batch x tokens
+WIDE = "16x128, 768 wide"
+EQUAL = "LoRA, as many entries"
+
+Load = Callable[..., BertForSequenceClassification]
 
 
 def load(dtype: torch.dtype = torch.float32) -> BertForSequenceClassification:
@@ -40,27 +48,37 @@ def load(dtype: torch.dtype = torch.float32) -> BertForSequenceClassification:
     return AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, dtype=dtype).train()
 
 
-def make_batch(size: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def load_wide(dtype: torch.dtype = torch.float32) -> BertForSequenceClassification:
+    """Make two layers in the shape of BERT-base's, with random weights and a smaller vocabulary."""
+    torch.manual_seed(0)
+    config = BertConfig(num_hidden_layers=2, vocab_size=8192, num_labels=2)
+    return BertForSequenceClassification(config).to(dtype).train()
+
+
+def make_batch(size: int, length: int, seed: int = 0, words: int = 30000) -> dict[str, torch.Tensor]:
     """Return random tokens without padding; the cost of a step does not depend on the words."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        "input_ids": torch.randint(1000, 30000, (size, length), generator=generator),
+        "input_ids": torch.randint(1000, words, (size, length), generator=generator),
         "attention_mask": torch.ones(size, length, dtype=torch.int64),
         "labels": torch.randint(0, 2, (size,), generator=generator),
     }
 
 
-def fisher_scores() -> dict[str, torch.Tensor]:
-    """Score the pretrained model as the paper does, on random text: where the budget falls decides the cost."""
-    batches = [make_batch(16, 32, seed) for seed in range(8)]
-    return fishmask.fisher(load(), batches, examples=128)
+def fisher_scores(load: Load = load) -> dict[str, torch.Tensor]:
+    """Score a model as the paper does, on random text: where the budget falls decides the cost."""
+    model = load()
+    batches = [make_batch(16, 32, seed, min(30000, model.config.vocab_size)) for seed in range(8)]
+    return fishmask.fisher(model, batches, examples=128)
 
 
 class Method:
-    """A model with an optimizer; `step` does one training step."""
+    """A model with an optimizer; `step` does one training step. `held` is what it needs besides: a mask's indices."""
 
-    def __init__(self, model: nn.Module, trained: Iterable[nn.Parameter], entries: int) -> None:
-        self.model, self.entries = model, entries
+    def __init__(
+        self, model: nn.Module, trained: Iterable[nn.Parameter], entries: int, held: Iterable[torch.Tensor] = ()
+    ) -> None:
+        self.model, self.entries, self.held = model, entries, list(held)
         parameters = list(trained)
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True) if parameters else None
 
@@ -83,7 +101,11 @@ def full(model: Any) -> Method:
 
 
 def fish(mask: fishmask.Mask) -> Callable[[Any], Method]:
-    return lambda model: Method(model, fishmask.attach(model, mask).parameters(), mask.k)
+    def make(model: Any) -> Method:
+        tuning = fishmask.attach(model, mask)
+        return Method(model, tuning.parameters(), mask.k, tuning.mask.indices.values())
+
+    return make
 
 
 def peft(config: Any) -> Callable[[Any], Method]:
@@ -124,16 +146,30 @@ def bytes_kept(method: Method, batch: dict[str, torch.Tensor]) -> int:
     return sum(size for block, size in blocks.items() if block not in own)
 
 
-def methods() -> dict[str, Callable[[Any], Method]]:
+def peak_bytes(load: Load, make: Callable[[Any], Method], batch: dict[str, torch.Tensor]) -> int:
+    """Return the most bytes that all tensors have at a time, from the making of a method to its second step."""
+    ledger, model = Ledger(), load()
+    ledger.hold([*model.parameters(), *model.buffers(), *batch.values()], "weights")
+    with ledger:
+        method = make(model)
+        ledger.hold(method.held, "masks")
+        for _ in range(2):  # in the second the optimizer has its state
+            method.step(batch)
+    return sum(ledger.parts("rest")[1].values())
+
+
+def methods(load: Load = load) -> dict[str, Callable[[Any], Method]]:
     """Return, by the name it has in the tables, what makes each method of a loaded model."""
     from peft import LoraConfig, ShiraConfig, SupertuningConfig
 
-    model, scores = load(), fisher_scores()
+    model, scores = load(), fisher_scores(load)
     paper = fishmask.Mask.from_scores(scores, DENSITY, keep="classifier")
     encoder = fishmask.Mask.from_scores(scores, DENSITY, keep="classifier", exclude="pooler")
     random = fishmask.Mask.random(model, DENSITY, seed=0, keep="classifier")
     linear: dict[str, Any] = {"target_modules": ["query", "key", "value", "dense"], "modules_to_save": ["classifier"]}
-    in_linear = sum(m.weight.numel() for m in model.bert.modules() if isinstance(m, nn.Linear))
+    layers = [m for m in model.bert.modules() if isinstance(m, nn.Linear)]
+    in_linear, by_rank = sum(m.weight.numel() for m in layers), sum(sum(m.weight.shape) for m in layers)
+    rank = max(1, round(paper.k / by_rank))
     return {
         "floor": floor,
         "full fine-tuning": full,
@@ -141,8 +177,9 @@ def methods() -> dict[str, Callable[[Any], Method]]:
         "FISH mask, pooler excluded": fish(encoder),
         "random mask": fish(random),
         "LoRA r=8": peft(LoraConfig(r=8, **linear)),
+        EQUAL: peft(LoraConfig(r=rank, **linear)),
         # PEFT's sparse methods tune linear layers only; these settings give about the mask's count of entries.
-        "SHiRA": peft(ShiraConfig(r=3, random_seed=0, **linear)),
+        "SHiRA": peft(ShiraConfig(r=rank, random_seed=0, **linear)),
         "Supertuning": peft(SupertuningConfig(sparsity=1 - paper.k / in_linear, **linear)),
     }
 
@@ -160,8 +197,9 @@ def least_seconds(ready: dict[str, Method], batch: dict[str, torch.Tensor], repe
 
 def show(lines: list[dict[str, Any]], shape: str, threads: int) -> Table:
     """Lay the lines of one shape out as a table."""
-    table = Table(title=f"One training step of MiniLM, {shape} tokens, {threads} thread(s), float32")
-    for column in ("method", "entries", "seconds", "/ floor", "/ LoRA", "/ full", "MiB kept", "/ full", "bf16: / full"):
+    table = Table(title=f"One training step, {shape} tokens, {threads} thread(s), float32")
+    columns = ("method", "entries", "seconds", "/ floor", "/ LoRA", "/ full", "MiB kept", "/ full", "bf16: / full")
+    for column in (*columns, "MiB at peak"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     by_name = {line["method"]: line for line in lines}
     full_line, lora, bottom = by_name["full fine-tuning"], by_name["LoRA r=8"], by_name["floor"]
@@ -174,6 +212,7 @@ def show(lines: list[dict[str, Any]], shape: str, threads: int) -> Table:
             f"{line['bytes_kept'] / 2**20:.1f}",
             f"{line['bytes_kept'] / full_line['bytes_kept']:.2f}",
             f"{line['bytes_kept_bf16'] / full_line['bytes_kept_bf16']:.2f}",
+            f"{line['peak_bytes'] / 2**20:.1f}",
         )
     return table
 
@@ -188,19 +227,41 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 
-    makers = methods()
     batches = {shape: make_batch(*size) for shape, size in SHAPES.items()}
+    lines = measured("MiniLM", load, batches, args.repeats, args.threads)
+    lines += measured("two layers", load_wide, {WIDE: make_batch(16, 128, words=8192)}, args.repeats, args.threads)
+    for line in lines:
+        if line["method"] == "FISH mask":
+            (floor_, lora) = (other(lines, line, name) for name in ("floor", EQUAL))
+            slower, more = line["seconds"] / floor_["seconds"], line["peak_bytes"] / lora["peak_bytes"]
+            print(f"{line['shape']}: step at most 1.05 x the floor: {slower:.3f}, {verdict(slower <= 1.05)}")
+            print(f"{line['shape']}: peak below that of LoRA with as many entries: {more:.3f}, {verdict(more < 1)}")
+    append(args.output, lines)
+
+
+def other(lines: list[dict[str, Any]], line: dict[str, Any], method: str) -> dict[str, Any]:
+    """Return the line of another method for the same shape."""
+    return next(found for found in lines if (found["shape"], found["method"]) == (line["shape"], method))
+
+
+def measured(
+    model: str, load: Load, batches: dict[str, dict[str, torch.Tensor]], repeats: int, threads: int
+) -> list[dict[str, Any]]:
+    """Measure all methods on one model; return a line for each shape and method."""
+    makers, lines = methods(load), []
     kept_bf16: dict[str, dict[str, int]] = {}
+    peaks: dict[str, dict[str, int]] = {}
     for name, make in makers.items():
         method = make(load(torch.bfloat16))
         kept_bf16[name] = {shape: bytes_kept(method, batch) for shape, batch in batches.items()}
+        peaks[name] = {shape: peak_bytes(load, make, batch) for shape, batch in batches.items()}
     ready = {name: make(load()) for name, make in makers.items()}
-    lines = []
     for shape, batch in batches.items():
-        seconds = least_seconds(ready, batch, args.repeats)
+        seconds = least_seconds(ready, batch, repeats)
         of_shape = [
             {
                 "benchmark": "step",
+                "model": model,
                 "method": name,
                 "shape": shape,
                 "density": DENSITY,
@@ -209,15 +270,17 @@ def main() -> None:
                 "seconds_all": seconds[name],
                 "bytes_kept": bytes_kept(method, batch),
                 "bytes_kept_bf16": kept_bf16[name][shape],
+                "peak_bytes": peaks[name][shape],
+                "load": os.getloadavg()[0],
                 "seed": 0,
                 "peft": version("peft"),
                 **environment(),
             }
             for name, method in ready.items()
         ]
-        Console(width=130).print(show(of_shape, shape, args.threads))
+        Console(width=140).print(show(of_shape, shape, threads))
         lines += of_shape
-    append(args.output, lines)
+    return lines
 
 
 if __name__ == "__main__":
