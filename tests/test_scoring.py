@@ -353,9 +353,9 @@ def test_the_plan_tells_passes_bytes_and_time(tmp_path):
     assert plan.passes == tuple(map(len, groups(sizes, largest(model))))
     assert (plan.entries, plan.done, plan.examples, plan.batches) == (sum(sizes.values()), 0, 10, 3)
     assert plan.weights_bytes >= 4 * plan.entries == plan.scores_bytes
-    assert plan.sums_bytes == plan.scratch_bytes == largest(model)
-    assert plan.device_bytes == plan.weights_bytes + plan.sums_bytes + plan.scratch_bytes + plan.working_bytes
-    assert plan.working_bytes > 0 and plan.seconds > 0
+    assert plan.sums_bytes == largest(model) < plan.working_bytes  # which has scratch as large as the sums
+    assert plan.device_bytes == plan.weights_bytes + plan.sums_bytes + plan.working_bytes
+    assert plan.seconds > 0
     assert plan.facts()["device_bytes"] == plan.device_bytes
     assert f"passes          {len(plan.passes)}, each over 10 examples in 3 batches" in str(plan)
     with (

@@ -208,11 +208,6 @@ class BatchedEngine:
         self._waiting: dict[str, list[Rule]] = {}
         self._buffer = torch.empty(0, device=sums.device)
 
-    @property
-    def scratch_bytes(self) -> int:
-        """Memory of one layer that is kept from batch to batch."""
-        return self._buffer.numel() * self._buffer.element_size()
-
     def check(self, batch: Batch, whole: Tensor, alone: Tensor) -> None:
         """Try the engine on a batch of few examples.
 

@@ -27,8 +27,6 @@ class LoopEngine:
         self.model, self.likelihood, self.sums = model, likelihood, sums
         self._scored = {name: parameters[name] for name in sums.tensors}
 
-    scratch_bytes = 0  # kept from batch to batch
-
     def add(self, batch: Batch, first: int) -> None:
         """Score the examples of ``batch``; the first of them is number ``first`` of the run."""
         for n in range(size(batch)):

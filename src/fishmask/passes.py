@@ -66,8 +66,7 @@ class ScoringPlan:
         weights_bytes: Parameters and buffers. Those of a checkpoint on disk are mapped where nothing has moved them.
         sums_bytes: The sums of the largest pass.
         sums_place: Where these are: the model's device, or "cpu".
-        scratch_bytes: One layer of scratch, where the sums are off the device.
-        working_bytes: Activations of the largest batch, what is computed from them, and one layer of scratch.
+        working_bytes: Activations of the largest batch, what is computed from them, and scratch for one layer.
         scores_bytes: All scores, where they are kept: in memory, or on disk where there is a folder.
         on_disk: Whether there is a folder.
         free_bytes: What is free on the device now; None where that is not known.
@@ -85,7 +84,6 @@ class ScoringPlan:
     weights_bytes: int
     sums_bytes: int
     sums_place: str
-    scratch_bytes: int
     working_bytes: int
     scores_bytes: int
     on_disk: bool
@@ -94,12 +92,12 @@ class ScoringPlan:
 
     @property
     def device_bytes(self) -> int:
-        """What the model's device needs in all: weights, scratch, working memory, and sums and scores if there."""
+        """What the model's device needs in all: weights, working memory, and sums and scores if there."""
         here = self.device == "cpu"
         sums = self.sums_bytes if here or self.sums_place == "device" else 0
         # One pass on the device leaves its sums as the scores; after several they are in the CPU's memory.
         kept = self.scores_bytes if here and len(self.passes) > 1 and not self.on_disk else 0
-        return self.weights_bytes + sums + kept + self.scratch_bytes + self.working_bytes
+        return self.weights_bytes + sums + kept + self.working_bytes
 
     def facts(self) -> dict[str, Any]:
         """Return all of it as plain data."""
@@ -116,7 +114,7 @@ class ScoringPlan:
             if self.device == "cpu"
             else _size(self.weights_bytes),
             "sums": f"{_size(self.sums_bytes)} at once, float32, in {place}",
-            "working memory": f"{_size(self.working_bytes + self.scratch_bytes)} (the largest batch and its scratch)",
+            "working memory": f"{_size(self.working_bytes)} (the largest batch and its scratch)",
             "in all": _size(self.device_bytes)
             + (f" on {self.device}; {_size(self.free_bytes)} are free" if self.free_bytes is not None else ""),
             "scores": f"{_size(self.scores_bytes)} {kept}",

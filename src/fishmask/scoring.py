@@ -127,20 +127,21 @@ class Scoring:
             if not self._groups:  # the folder has all of them; are they those of these batches?
                 done = sum(size(batch) for _, batch in self._taken())
             for names in self._groups:
-                sums = self._sums(names)
-                done, engine = self._pass(sums, advance)
-                if self._folder is None:
-                    scores |= sums.tensors if len(self._groups) == 1 else _on_cpu(sums.tensors)
-                else:
-                    self._folder.finish(sums.tensors, Progress(done, engine, self._seen))
+                done, found = self._pass(names, advance)
+                scores |= found
         if done < self._examples:
             message = f"only {done} examples were scored, because batches has no more; "
             warnings.warn(message + f"examples={self._examples} were asked for", UserWarning, stacklevel=3)
-        found = scores if self._folder is None else self._folder.done
-        return {name: found[name] for name in self._parameters}
+        if self._folder is not None:
+            scores = self._folder.done
+        return {name: scores[name] for name in self._parameters}
 
-    def _pass(self, sums: Sums, advance: Callable[[int], object]) -> tuple[int, str]:
-        """Go over the examples once; return how many there were, and the engine that took them."""
+    def _pass(self, names: list[str], advance: Callable[[int], object]) -> tuple[int, dict[str, Tensor]]:
+        """Go over the examples once; return how many there were, and the scores where no folder keeps them.
+
+        With a folder nothing of the sums is left when the next pass makes its own.
+        """
+        sums = self._sums(names)
         run = _Run(self._model, self._parameters, self._likelihood, sums, self._engine)
         begun = self._folder.resume(sums.tensors) if self._folder else None
         if begun is not None:
@@ -157,7 +158,10 @@ class Scoring:
             if self._folder is not None:
                 self._folder.save(sums.tensors, Progress(done, run.engine, self._seen[: self._number]))
         check_finite(sums.tensors)
-        return done, run.engine
+        if self._folder is None:
+            return done, sums.tensors if len(self._groups) == 1 else _on_cpu(sums.tensors)
+        self._folder.finish(sums.tensors, Progress(done, run.engine, self._seen))
+        return done, {}
 
     def _taken(self) -> Iterator[tuple[int, Batch]]:
         """Yield the batches with the numbers of their first examples; refuse others than in an earlier pass."""
@@ -206,19 +210,13 @@ class Scoring:
         if largest is None:
             raise ValueError("batches has no examples")
         count = min(2, size(largest)) if self._device.type == "cpu" else size(largest)  # a GPU needs work to be quick
-        working, seconds = 0, 0.0
+        few = next(batch for _, batch in first_examples([largest], count, self._device))
+        seconds, working, more = 0.0, 0, None
         with left_as_found(self._model):
             for names in self._groups:
-                sums = self._sums(names)
-                run = _Run(self._model, self._parameters, self._likelihood, sums, self._engine)
-                few = next(batch for _, batch in first_examples([largest], count, self._device))
-                run.add(few, 0)  # checks, and wakes up what sleeps: files, caches, kernels
-                start = time.perf_counter()
-                run.add(few, 0)
-                if self._device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds += (time.perf_counter() - start) * total / elements(few)
-                working = max(working, self._working(run, few, size(largest)))
+                taken, peak, more = self._tried(names, few, more)
+                seconds += taken * total / elements(few)
+                working = max(working, peak + more * (size(largest) - count))
         p = max(self._parameters.values(), key=lambda p: p.numel())
         sizes = {name: p.numel() for name, p in self._parameters.items()}
         return ScoringPlan(
@@ -233,7 +231,6 @@ class Scoring:
             weights_bytes=weights_bytes(self._model),
             sums_bytes=max((SUM_BYTES * sum(sizes[n] for n in names) for names in self._groups), default=0),
             sums_place=self._place,
-            scratch_bytes=SUM_BYTES * p.numel() if self._place == "cpu" else 0,
             working_bytes=working,
             scores_bytes=SUM_BYTES * sum(sizes.values()),
             on_disk=self._folder is not None,
@@ -241,15 +238,29 @@ class Scoring:
             seconds=seconds,
         )
 
-    def _working(self, run: "_Run", few: Batch, count: int) -> int:
-        """Return the memory that a batch of ``count`` examples works in: what one takes, and what each further adds."""
-        peaks: list[int] = []
-        for n in range(1, min(2, size(few)) + 1):
-            part = cut(few, 0, n)
-            with Footprint() as footprint:
-                run.add(part, 0)
-            peaks.append(footprint.peak)
-        return run.scratch_bytes + peaks[0] + (count - 1) * max(0, peaks[-1] - peaks[0])
+    def _tried(self, names: list[str], few: Batch, more: int | None) -> tuple[float, int, int]:
+        """Try a pass on a few examples.
+
+        Returns:
+            Its seconds; the bytes that it and its checks work in, scratch included; and the bytes of each further
+            example, which are measured where ``more`` is not known yet.
+        """
+        run = _Run(self._model, self._parameters, self._likelihood, self._sums(names), self._engine)
+        with Footprint() as footprint:
+            run.add(few, 0)  # this also wakes up what sleeps: files, caches, kernels
+        start = time.perf_counter()
+        run.add(few, 0)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        if more is None and size(few) > 1:
+            peaks: list[int] = []
+            for part in (cut(few, 0, 1), cut(few, 0, 2)):
+                with Footprint() as again:
+                    run.add(part, 0)
+                peaks.append(again.peak)
+            more = max(0, peaks[1] - peaks[0])
+        return seconds, footprint.peak, more or 0
 
 
 class _Run:
@@ -268,11 +279,6 @@ class _Run:
     def engine(self) -> str:
         """The engine that is used now."""
         return "loop" if self._engine is self._loop else "batched"
-
-    @property
-    def scratch_bytes(self) -> int:
-        """What the engine keeps from batch to batch."""
-        return self._engine.scratch_bytes
 
     def use(self, engine: str) -> None:
         """Go on with the engine that an interrupted pass used last."""
