@@ -120,6 +120,48 @@ def scoring() -> str:
     return f"{table(columns, rows)}\n\n{machine(lines[-1])}"
 
 
+def scoring_scale() -> str:
+    """Return what scoring a large decoder took beside its plan, what bfloat16 costs, and a prediction."""
+    lines = {line["part"]: line for line in records("scoring_scale")}
+    run, exact, told = lines["run"], lines["precision"]["bfloat16"], lines["prediction"]
+    gb = "{:.2f} GB".format
+    plan, select, whole = run["plan"], run["select"], run["undisturbed"]
+    reckoned = plan["sums_bytes"] + plan["working_bytes"]
+    parts = [run["resumed"], whole, *run["killed"]]
+    after = whole["seconds"] - plan["taken"]["seconds"]
+    limit = f", in a memory cgroup of {gb(run['limit_bytes'] / 1e9)}" if run["limit_bytes"] else ""
+    rows = [
+        ["passes", str(len(plan["passes"])), str(len(plan["passes"]))],
+        ["sums, batch and scratch", gb(reckoned / 1e9), ""],
+        ["most anonymous memory, with Python and its libraries", "", gb(whole["peak_anonymous_bytes"] / 1e9)],
+        ["weights, mapped", gb(plan["weights_bytes"] / 1e9), ""],
+        ["most resident memory, with mapped pages", "", gb(max(p["peak_resident_bytes"] for p in parts) / 1e9)],
+        ["scores, on disk", gb(plan["scores_bytes"] / 1e9), ""],
+        ["time on the clock, without loading and the plan", f"{plan['seconds']:.0f} s", f"{after:.0f} s"],
+        [f"`mask select` at {select['density']:.1%}: anonymous memory", "", gb(select["peak_anonymous_bytes"] / 1e9)],
+        ["`mask select`: time on the clock", "", f"{select['seconds']:.0f} s"],
+    ]
+    per_example = run["cpu_seconds_per_example"]
+    parts = [
+        f"{run['model']}: {run['entries']:,} entries, {run['examples']} examples of {run['tokens']} tokens in batches "
+        f"of {run['batch_size']}, `--memory {run['memory']}`{limit}:",
+        table(["", "plan", "measured"], rows),
+        f"It was killed twice by SIGKILL, in the midst of the first pass and after it; the scores of the command that "
+        f"went on are {'the same, bit for bit,' if run['same_bits'] else 'NOT the same'} as those of an undisturbed "
+        f"one. An example takes {per_example:.1f} s of CPU time over all passes, writing the files included, so 1,024 "
+        f"take at most {1024 * per_example / 3600:.1f} hours of one core. The machine was shared, so times on the clock "
+        f"are longer than they need be ({whole['cpu_seconds']:.0f} s of CPU time of {whole['seconds']:.0f} s). {machine(run)}",
+        f"bfloat16 weights against a loop in float64 on the same rounded weights ({lines['precision']['model']}, "
+        f"{lines['precision']['examples']} examples): relative error of the scores {exact['relative_error']:.1e}, "
+        f"{exact['overlap']:.2%} of the mask at {lines['precision']['density']:.1%} the same.",
+        f"A prediction, which no GPU has confirmed: {told['model']}, in one pass on one device, batches of "
+        f"{told['examples_per_batch']} examples of {told['tokens']} tokens: {gb(told['weights_bytes'] / 1e9)} of "
+        f"weights, {gb(told['sums_bytes'] / 1e9)} of sums and {gb(told['working_bytes'] / 1e9)} for a batch, "
+        f"{gb(told['device_bytes'] / 1e9)} in all.",
+    ]
+    return "\n\n".join(parts)
+
+
 def step() -> str:
     """Return the step benchmark: one row per shape and method."""
     lines = latest(records("step"), lambda line: (line["shape"], line["method"]))
@@ -154,7 +196,10 @@ def _of_model(lines: list[Record]) -> list[str]:
     rows = []
     for method, line in steps.items():
         if not line["fits"]:
-            rows.append([method, *[""] * 4, f"predicted {line['predicted_bytes'] / 2**30:.1f} GiB", *[""] * 4])
+            needs = line.get("predicted_bytes")
+            rows.append(
+                [method, *[""] * 4, f"does not fit: {needs / 2**30:.1f}" if needs else "does not fit", *[""] * 4]
+            )
             continue
         ratios = [f"{line['seconds'] / other['seconds']:.2f}" if other["fits"] else "" for other in (floor, lora)]
         peak, told = line["allocated_bytes"], line.get("predicted_bytes")
@@ -174,10 +219,10 @@ def _of_model(lines: list[Record]) -> list[str]:
     told.append(table(columns, rows))
     for line in lines:
         if line["method"] == "scoring":
-            told.append(
-                f"Scoring an example of {line['tokens']} tokens: {line['seconds']:.2f} s, by the loop "
-                f"{line['loop_seconds']:.2f} s, {line['times_faster']:.1f} × as long."
-            )
+            took = f"Scoring an example of {line['scored'][1]} tokens takes {line['seconds']:.2f} s"
+            loop = f", by the loop {line['loop_seconds']:.2f} s" if "loop_seconds" in line else "; the loop did not fit"
+            ratio = f", {line['times_faster']:.1f} × as long" if "times_faster" in line else ""
+            told.append(f"{took}{loop}{ratio}.")
     return told
 
 
@@ -437,6 +482,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "demo": ("demo", demo),
     "search": ("demo_search", search),
     "scoring": ("scoring", scoring),
+    "scoring-scale": ("scoring_scale", scoring_scale),
     "step": ("step", step),
     "models": ("models", models),
     "kernels": ("kernels", kernels),
