@@ -365,17 +365,19 @@ def measure(args: argparse.Namespace, name: str, shape: Shape, masks: Path, cons
     sizes = [p.numel() for p in load(shape, "meta").parameters()]
     n, own, sums = sum(sizes), shape.dtype.itemsize, torch.float32.itemsize
     about["n"], count = n, int(DENSITY * n)
-    room = int(FREE * available(args.device))
-    console.print(f"{name}: {size_text(room)} of memory to use", highlight=False)
     told = {method: child(args, predicted, shape, args.device, method, count, None) for method in METHODS}
     worst = max(one.peak for one in told.values() if one)
     # PEFT's sparse methods have no forecast: they are taken to need as much as the largest of the others.
     peaks = {method: one.peak if one else worst for method, one in told.items()}
     child(args, draw, shape, masks)
+
+    def fits(needs: int) -> bool:  # now, since others may use this machine
+        return needs <= FREE * available(args.device)
+
     lines: list[dict[str, Any]] = []
     times = {
-        "loop_all": child(args, loop, shape, args.device) if n * (2 * own + sums) + max(sizes) * sums < room else [],
-        "seconds_all": child(args, score, shape, args.device, masks) if n * (own + sums) < room else [],
+        "loop_all": child(args, loop, shape, args.device) if fits(n * (2 * own + sums) + max(sizes) * sums) else [],
+        "seconds_all": child(args, score, shape, args.device, masks) if fits(n * (own + sums)) else [],
     }
     if times["seconds_all"]:
         ours, theirs = min(times["seconds_all"][1:]), min(times["loop_all"][1:], default=None)
@@ -383,8 +385,8 @@ def measure(args: argparse.Namespace, name: str, shape: Shape, masks: Path, cons
         lines.append(
             {**about, "method": "scoring", "fits": True, "scored": shape.scored, "seconds": ours, **ratio, **times}
         )
-    fitting = [m for m in METHODS if peaks[m] <= room and (m != OURS or times["seconds_all"])]
-    seconds = step_times(args, shape, fitting, told, room, masks, count) if fitting else {}
+    fitting = [m for m in METHODS if fits(peaks[m]) and (m != OURS or times["seconds_all"])]
+    seconds = step_times(args, shape, fitting, told, fits, masks, count) if fitting else {}
     for method in METHODS:
         line = {**about, "method": method, "fits": method in fitting, **forecast_line(told[method])}
         if method in fitting:
@@ -410,7 +412,7 @@ def step_times(
     shape: Shape,
     fitting: list[str],
     told: dict[str, Forecast | None],
-    room: int,
+    fits: Callable[[int], bool],
     masks: Path,
     count: int,
 ) -> dict[str, list[float]]:
@@ -418,7 +420,7 @@ def step_times(
     options = (args.repeats, count)
     known = [one for method in fitting if (one := told[method]) is not None]
     between = sum(one.most["values"] + one.most["masks"] + one.most["optimizer"] for one in known)
-    if between + max(one.peak for one in known) <= room:
+    if fits(between + max(one.peak for one in known)):
         return dict(child(args, timed, shape, args.device, masks, fitting, *options))
     return {method: child(args, timed, shape, args.device, masks, [method], *options)[method] for method in fitting}
 
