@@ -149,8 +149,9 @@ def scoring_scale() -> str:
         f"It was killed twice by SIGKILL, in the midst of the first pass and after it; the scores of the command that "
         f"went on are {'the same, bit for bit,' if run['same_bits'] else 'NOT the same'} as those of an undisturbed "
         f"one. An example takes {per_example:.1f} s of CPU time over all passes, writing the files included, so 1,024 "
-        f"take at most {1024 * per_example / 3600:.1f} hours of one core. The machine was shared, so times on the clock "
-        f"are longer than they need be ({whole['cpu_seconds']:.0f} s of CPU time of {whole['seconds']:.0f} s). {machine(run)}",
+        f"take at most {1024 * per_example / 3600:.1f} hours of one core. The machine was shared, so times on the "
+        f"clock are longer than they need be ({whole['cpu_seconds']:.0f} s of CPU time of {whole['seconds']:.0f} s). "
+        f"{machine(run)}",
         f"bfloat16 weights against a loop in float64 on the same rounded weights ({lines['precision']['model']}, "
         f"{lines['precision']['examples']} examples): relative error of the scores {exact['relative_error']:.1e}, "
         f"{exact['overlap']:.2%} of the mask at {lines['precision']['density']:.1%} the same.",
