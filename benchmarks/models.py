@@ -23,6 +23,7 @@ import argparse
 import copy
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import tempfile
@@ -372,7 +373,7 @@ def measure(args: argparse.Namespace, name: str, shape: Shape, masks: Path, cons
     child(args, draw, shape, masks)
 
     def fits(needs: int) -> bool:  # now, since others may use this machine
-        return needs <= FREE * available(args.device)
+        return needs <= min(FREE * available(args.device), args.most * 2**30)
 
     lines: list[dict[str, Any]] = []
     times = {
@@ -496,6 +497,7 @@ def main() -> None:
     parser.add_argument("--batch", help="examples x tokens, for all models; each has its own by default")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3, help="steps timed for each method")
+    parser.add_argument("--most", type=float, default=math.inf, help="GiB that a run may be predicted to take")
     parser.add_argument("--output", type=Path, help="append a JSON line per model and method to this file")
     args = parser.parse_args()
     quiet(args.threads)
