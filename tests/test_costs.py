@@ -129,6 +129,14 @@ def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         assert path_for(HERE).is_relative_to(Path.home() / ".cache" / "fishmask")
 
 
+def test_who_has_no_home_has_the_built_in_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert costs_for("cpu") == CPU
+    with pytest.raises(FileNotFoundError, match="set XDG_CACHE_HOME"):
+        store(CPU, "cpu")
+
+
 def test_a_model_without_data_stands_for_any_device() -> None:
     assert costs_for("meta") == CPU
     with planned_for("cuda"):

@@ -143,7 +143,7 @@ _WITHOUT_PEFT = """
 import sys
 sys.modules["peft"] = None
 import fishmask
-assert not {"transformers", "fishmask.fish_model"} & sys.modules.keys()
+assert not {"transformers", "triton", "fishmask.fish_model"} & sys.modules.keys()
 assert set(fishmask.__all__) < set(dir(fishmask)) and not hasattr(fishmask, "FishModels")
 for name in ("FishConfig", "FishModel", "get_fish_model"):
     try:

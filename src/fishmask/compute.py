@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils.flop_counter import FlopCounterMode
 
 from fishmask.batches import Batch, cut, to_device
 from fishmask.errors import FishError
@@ -119,6 +118,8 @@ def step_costs(model: nn.Module, batch: Batch | None = None) -> StepCosts:
         FishError: The model is no such chain.
         ValueError: A batch is needed.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton where it is
+
     name, blocks = chain_of(model)
     if batch is None:
         batch = getattr(model, "dummy_inputs", None)

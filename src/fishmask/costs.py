@@ -104,7 +104,11 @@ def costs_for(device: torch.device | str) -> Costs:
     device = stood_for(torch.device(device))
     if device.type == "cuda" and not torch.cuda.is_available():  # a plan for a machine that is elsewhere
         return GPU
-    return _stored(path_for(device), *_key(device).items()) or built_in(device)
+    try:
+        path = path_for(device)
+    except FileNotFoundError:  # a user without a home has stored nothing
+        return built_in(device)
+    return _stored(path, *_key(device).items()) or built_in(device)
 
 
 def stood_for(device: torch.device) -> torch.device:
@@ -167,9 +171,16 @@ def forget(device: torch.device | str) -> bool:
 
 
 def path_for(device: torch.device) -> Path:
-    """Return the file for a device: ``$XDG_CACHE_HOME/fishmask/costs/DEVICE.json``, by default in ``~/.cache``."""
+    """Return the file for a device: ``$XDG_CACHE_HOME/fishmask/costs/DEVICE.json``, by default in ``~/.cache``.
+
+    Raises:
+        FileNotFoundError: The user has no home folder, and the variable names no other.
+    """
     root = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(root) if Path(root).is_absolute() else Path.home() / ".cache"
+    try:
+        folder = Path(root) if Path(root).is_absolute() else Path.home() / ".cache"
+    except RuntimeError as error:  # no HOME, and no such user, as in some containers
+        raise FileNotFoundError("there is no home folder: set XDG_CACHE_HOME to a folder to keep costs in") from error
     name = "-".join(str(part) for part in _key(device).values())
     return folder / "fishmask" / "costs" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
 
