@@ -464,7 +464,8 @@ def structured_costs() -> str:
         for line in lines
         if line["method"] == method
     ]
-    columns = ["mask", "entries", *(f"step, {shape}" for shape in shapes), "index bytes per entry", "coded by block"]
+    steps = [f"step / floor, {shape}" for shape in shapes]
+    columns = ["mask", "entries", *steps, "index bytes per entry", "coded by block"]
     return f"{table(columns, rows)}\n\n{machine(lines[-1])}"
 
 

@@ -102,4 +102,5 @@ def test_the_documents_have_both_tables(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "structured_costs.jsonl").write_text(json.dumps(line) + "\n")
     monkeypatch.setattr(render, "RESULTS", tmp_path)
     text = render.render("<!-- begin structured-costs -->\n<!-- end structured-costs -->")
+    assert "| mask | entries | step / floor, 32x8 |" in text
     assert "| Fisher scores, all parameters: rows | 100 | 1.50 | 0.250 | 0.050 |" in text
