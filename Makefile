@@ -41,6 +41,7 @@ format: $(STAMP) ## Format the code.
 bench: $(STAMP) ## Compare scoring, one training step, checkpoints, exchanges and switches with the alternatives.
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scoring
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.structured
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.models
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.checkpoints
