@@ -172,10 +172,15 @@ def step() -> str:
         full, lora, floor = (beside[name] for name in ("full fine-tuning", "LoRA r=8", "floor"))
         ratios = (f"{line['seconds'] / other['seconds']:.2f}" for other in (floor, lora, full))
         kept = (f"{line[name] / full[name]:.2f}" for name in ("bytes_kept", "bytes_kept_bf16"))
+        peak = [f"{line['peak_bytes'] / 2**20:.0f}"] if "peak_bytes" in lines[0] else []
         rows.append(
-            [f"{line['shape']} {line['method']}", f"{line['entries']:,}", f"{line['seconds']:.3f}", *ratios, *kept]
+            [
+                *(f"{line['shape']} {line['method']}", f"{line['entries']:,}", f"{line['seconds']:.3f}"),
+                *(*ratios, *kept, *peak),
+            ]
         )
     columns = ["one step", "entries", "seconds", "÷ floor", "÷ LoRA", "÷ full", "kept ÷ full", "kept ÷ full, bf16"]
+    columns += ["MiB at the peak"] if "peak_bytes" in lines[0] else []
     return f"{table(columns, rows)}\n\n{machine(lines[-1])}"
 
 
