@@ -102,13 +102,18 @@ def test_passes_need_the_same_batches_each_time(tmp_path):
     with pytest.raises(FishError, match="batch 0 is not what it was in an earlier pass"):
         fisher(c.make(), Shuffled(), examples=3, memory=memory)
 
-    class Fewer(Shuffled):
+    class Other(Shuffled):
+        def __init__(self, *counts):
+            self.counts = counts
+
         def __iter__(self):
             self.seed += 1
-            return iter([c.batch(3, 0)] * (2 if self.seed == 1 else 1))
+            return iter([c.batch(3, 0)] * self.counts[self.seed - 1])
 
     with pytest.raises(FishError, match="has 1 batches, but an earlier pass took 2"):
-        fisher(c.make(), Fewer(), examples=6, memory=memory)
+        fisher(c.make(), Other(2, 1), examples=6, memory=memory)
+    with pytest.raises(FishError, match="has more than the 1 batches"):
+        fisher(c.make(), Other(1, 2), examples=6, memory=memory)
 
 
 def test_wrong_options_are_refused():

@@ -74,7 +74,8 @@ class Scoring:
             )
         self._folder = None if folder is None else ScoreFolder(Path(folder), self._about())
         self._groups = self._left()
-        self._seen: list[str] = self._folder.batches if self._folder else []
+        self._seen: list[str] = self._folder.batches if self._folder else []  # digests of batches
+        self._complete = bool(self._folder and self._folder.done)  # whether all are seen
 
     @property
     def steps(self) -> int:
@@ -172,6 +173,11 @@ class Scoring:
             if several:
                 found = digest(batch)
                 if self._number == len(self._seen):
+                    if self._complete:
+                        raise FishError(
+                            f"batches has more than the {self._number} batches that an earlier pass took; give the "
+                            "same batches each time"
+                        )
                     self._seen = [*self._seen, found]
                 if found != self._seen[self._number]:
                     raise FishError(
@@ -187,6 +193,7 @@ class Scoring:
                 f"batches has {self._number} batches, but an earlier pass took {len(self._seen)}; give the same "
                 "batches each time"
             )
+        self._complete = True
 
     def _sums(self, names: list[str]) -> Sums:
         return Sums({name: self._parameters[name] for name in names}, self._place)
