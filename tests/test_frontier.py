@@ -13,12 +13,10 @@ from tests.test_distributed_glue import Config, team, tiny  # noqa: F401 (fixtur
 
 def line(name, seed=0, accuracy=0.8, seconds=100.0, rate=None, held_out=0.8, **changes):
     recipe = {"learning_rate": rate or POINTS[name].learning_rate}
-    parts = {
-        f"cpu_seconds{part}": seconds * share for part, share in zip(frontier._PARTS, (1, 0.2, 0.1, 0.7), strict=True)
-    }
+    parts = {"cpu_seconds": 2 * seconds, "cpu_seconds_choosing": 0.2 * seconds, "cpu_seconds_filling": 0.1 * seconds}
     record = {"task": "MRPC", "name": name, "seed": seed, "rows": 1600, "steps": 200, "recipe": recipe}
     record |= {"validation": {"score": held_out}, "test": {"accuracy": accuracy}, "most_frequent": 0.684, **parts}
-    record |= {"cpu_seconds_per_step": seconds / 200, "predicted_step": None, "prefix": {}}
+    record |= {"cpu_seconds_per_step": 0.7 * seconds / 200, "predicted_step": None, "prefix": {}}
     return record | changes
 
 
@@ -39,6 +37,11 @@ def test_the_table_has_means_shares_of_the_plain_mask_and_the_goal():
 def test_the_goal_is_missed_by_accuracy_or_by_time(accuracy, seconds):
     text = table([line("FISH plain"), line("FISH 0.34 cache", 0, accuracy, seconds, **CACHED)])
     assert "**missed**" in text and "**reached**" not in text
+
+
+def test_a_plain_mask_at_chance_says_nothing():
+    text = table([line("FISH plain", accuracy=0.68), line("FISH 0.34 cache", 0, 0.7, 40, **CACHED)])
+    assert "+2.0 points (1 seed) in 0.40 of the time: **says nothing, since the plain mask does no better" in text
 
 
 def test_the_rate_is_the_one_that_did_best_on_held_out_rows():
