@@ -554,6 +554,21 @@ def test_scores_and_costs_are_those_of_the_whole_model():
     assert all(torch.equal(found[0][name], scores) for name, scores in expected[0].items())
 
 
+def test_a_model_that_is_let_go_runs_whole_again():
+    tuning, batch = start()
+    expected = tuning.model(**batch).logits
+    with PrefixCache(tuning, limit_bytes=ROOM) as cache:
+        one_step(tuning, batch)
+        tuning.suspend()
+        assert torch.equal(tuning.model(**batch).logits, expected)
+        tuning.resume()
+        one_step(tuning, batch)
+        assert (cache.computed, cache.served) == (5, 5)
+        tuning.detach()
+        tuning.model(**batch).loss.backward()
+        assert tuning.model.bert.encoder.layer[0].output.dense.weight.grad.any() and cache.served == 5
+
+
 def test_a_forward_that_never_comes_by_the_blocks_is_refused():
     tuning, batch = start()
     tuning.model.bert.encoder.forward = lambda x, **_: SimpleNamespace(last_hidden_state=x, past_key_values=None)

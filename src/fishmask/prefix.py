@@ -201,7 +201,8 @@ class PrefixCache:
         """Before the forward: find or compute the states, and put what serves them in the place of the blocks."""
         if torch.compiler.is_compiling():
             raise FishError("a compiled model has no prefix cache: leave the `with` block, or do not compile")
-        if self._tuning._paused:  # the model is scored, or its layers are counted: all of it has to run
+        # The model is scored, or its layers are counted, or it is no more attached: all of it has to run.
+        if self._tuning._paused or not self._tuning.attached:
             return None
         named = self._named(args, kwargs)
         if learning := [name for name, value in named.items() if isinstance(value, Tensor) and value.requires_grad]:
