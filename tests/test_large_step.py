@@ -42,6 +42,8 @@ def test_a_model_without_memory_runs_its_steps() -> None:
 
 def test_a_model_partly_without_memory_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ValueError, match=r"1\.weight, 1\.bias: on the meta device, not in memory"):
+        fishmask.attach(model, Mask.from_indices({"0.weight": [0]}))
     with pytest.raises(ValueError, match=r"float32 on meta; must be .* in memory"):
         fishmask.attach(model, Mask.from_indices({"1.weight": [0]}))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fishmask
+from fishmask.errors import FishError
 from fishmask.log import CheckpointLog
 from fishmask.mask import Mask
 from fishmask.rounding import rounded, salt_of
@@ -199,6 +200,13 @@ def test_a_resumed_training_equals_the_uninterrupted_one(tmp_path: Path) -> None
         step(again.model, other, seed)
     assert equal(bits(again.model), bits(tuning.model))
     assert torch.equal(again.values, tuning.values)
+    for changes in ({}, {"rounding": "stochastic", "rounding_seed": 8}):
+        bare = half_bert()
+        attached = fishmask.attach(bare, later, **changes)
+        before = bits(bare)
+        with pytest.raises(FishError, match="written with rounding stochastic 7, the model is attached with"):
+            log.restore(attached)
+        assert equal(bits(bare), before)
 
 
 def test_updates_too_small_for_the_weight_count_on_average() -> None:

@@ -38,6 +38,11 @@ def fit(mask: Mask, model: nn.Module, parameters: Mapping[str, nn.Parameter]) ->
         for path, module in model.named_modules()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
     ]
+    empty = [name for name, p in parameters.items() if p.is_meta and not shapes_only and name not in mask.indices]
+    if empty:
+        faults.append(
+            f"{', '.join(empty[:3])}{' and more' if len(empty) > 3 else ''}: on the meta device, not in memory"
+        )
     if faults:
         raise ValueError("the mask does not fit the model: " + "; ".join(faults))
     chosen: dict[str, Tensor] = {}

@@ -161,8 +161,8 @@ class CheckpointLog:
             Which commit it is, what it had besides, and what was skipped.
 
         Raises:
-            FishError: No such commit, a damaged file, a model of another structure, or without a stored base another
-                base.
+            FishError: No such commit, a damaged file, a model of another structure, without a stored base another base,
+                or a tuning that rounds otherwise than that of the commit.
             ValueError: The optimizer or ``state`` does not fit.
         """
         tuning = model if isinstance(model, Tuning) else tuning_of(model)
@@ -181,6 +181,12 @@ class CheckpointLog:
         found, chain, skipped = self._folder.newest_intact(at, allow_older)
         path, snapshot = self._folder.path_of("commit", found.file.number), found.snapshot
         check_request(snapshot, optimizer, state or {}, path)
+        kept = found.metadata.get("rounding", "nearest")
+        if tuning is not None and kept != _rounding(tuning):
+            raise FishError(
+                f"{path} was written with rounding {kept}, the model is attached with {_rounding(tuning)}, so the same "
+                "values would make other weights: attach it with the rounding and rounding_seed of the commit"
+            )
         known, base = self._following(tuning), None
         if known is None or known.originals != chain[-1].base or not known.base_unchanged():
             base = history.read_base(self.path, chain[-1].base.number, chain[-1].base.digest)
@@ -465,6 +471,7 @@ class CheckpointLog:
             "mask": tuning.mask.digest,
             **known.segment.file.written("segment"),
             **(known.last.written("parent") if known.last else {}),
+            **({} if tuning.rounding == "nearest" else {"rounding": _rounding(tuning)}),
         }
         values = torch.cat([p.detach() for p in named.values()])
         return number, history.commit_content(metadata, Snapshot(values, moments, buffers, changed, held))
@@ -500,3 +507,8 @@ class CheckpointLog:
         self._folder.prune(self._keep_last, self._keep_every)
         path = self._folder.path_of("commit", number)
         return commit_of(path, content.metadata, path.stat().st_size, perf_counter() - begin)
+
+
+def _rounding(tuning: Tuning) -> str:
+    """Write down how values become weights."""
+    return tuning.rounding if tuning.rounding == "nearest" else f"{tuning.rounding} {tuning.rounding_seed}"
