@@ -193,10 +193,10 @@ def loop(shape: Shape, device: str) -> list[float]:
     taken: list[float] = []
     for n in range(len(batch["input_ids"])):
         start = clock(device)
+        model.zero_grad()
         model(**{name: t[n : n + 1] for name, t in batch.items()}).loss.backward()
         for p, square in zip(model.parameters(), squares, strict=True):
-            gradient, p.grad = p.grad.float(), None
-            square.addcmul_(gradient, gradient)
+            square += p.grad.float().square()
         taken.append(clock(device) - start)
     return taken
 
@@ -377,7 +377,7 @@ def measure(args: argparse.Namespace, name: str, shape: Shape, masks: Path, cons
 
     lines: list[dict[str, Any]] = []
     times = {
-        "loop_all": child(args, loop, shape, args.device) if fits(n * (2 * own + sums) + max(sizes) * sums) else [],
+        "loop_all": child(args, loop, shape, args.device) if fits(n * (2 * own + sums) + 2 * max(sizes) * sums) else [],
         "seconds_all": child(args, score, shape, args.device, masks) if fits(n * (own + sums)) else [],
     }
     if times["seconds_all"]:
