@@ -42,6 +42,7 @@ bench: $(STAMP) ## Compare scoring, one training step, checkpoints, exchanges an
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scoring
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.structured
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.budgets
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.models
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.checkpoints

@@ -447,6 +447,21 @@ def frontier() -> str:
     return f"{frontier_table(lines)}\n\nMean ± standard deviation (seeds). {machine(lines[-1])}"
 
 
+def budgets() -> str:
+    """Return the benchmark of step budgets: a row for each lowest block, what was counted and what was measured."""
+    lines = latest(records("budgets"), lambda line: (line["lowest"], line["cached"]))
+    by_point = {(line["lowest"], line["cached"]): line for line in lines}
+    rows = []
+    for lowest in range(lines[0]["blocks"] + 1):
+        cells = [by_point.get((lowest, cached)) for cached in (False, True)]
+        rows.append(
+            [str(lowest), *(f"{line[key]:.2f}" if line else "" for line in cells for key in ("counted", "measured"))]
+        )
+    columns = ["lowest block", "counted", "measured", "counted, cache", "measured, cache"]
+    load = f"Load average {lines[-1]['load_average']:.1f}."
+    return f"{table(columns, rows)}\n\n{'x'.join(map(str, lines[0]['batch']))} tokens. {machine(lines[-1])} {load}"
+
+
 def structured() -> str:
     """Return the accuracy of structured masks."""
     lines = records("structured")
@@ -502,6 +517,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "distributed-glue": ("distributed_glue", distributed_glue),
     "recipe": ("recipe", recipe),
     "frontier": ("frontier", frontier),
+    "budgets": ("budgets", budgets),
     "structured": ("structured", structured),
     "structured-costs": ("structured_costs", structured_costs),
     "claims": ("glue_ablation", ablation),

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from benchmarks import budgets
 from experiments import frontier
 from experiments.frontier import POINTS, Clock, table
 from fishmask.train import FILLING
@@ -67,6 +68,15 @@ def test_the_clock_counts_what_comes_before_the_first_step_as_choosing():
         "cpu_seconds_training": 2.0,
         "cpu_seconds_per_step": 0.5,
     }
+
+
+def test_steps_are_measured_beside_what_was_counted(tiny: tuple[Config, object], monkeypatch):  # noqa: F811
+    monkeypatch.setattr(budgets, "BASE", tiny[0].base)
+    monkeypatch.setattr(budgets, "DENSITY", 0.05)
+    lines = budgets.measure(2, 3, 8)
+    assert [(line["lowest"], line["cached"]) for line in lines] == [(0, False), (1, False), (1, True), (2, True)]
+    assert [line["counted"] for line in lines] == sorted((line["counted"] for line in lines), reverse=True)
+    assert lines[0]["measured"] == 1 and all(len(line["seconds_all"]) == 2 for line in lines)
 
 
 def test_points_are_run_once_and_recorded(tiny: tuple[Config, object], tmp_path, monkeypatch):  # noqa: F811
