@@ -52,6 +52,13 @@ def test_patterns_match_runs_of_whole_parts(pattern: str | list[str], places: li
     assert matching(NAMES, pattern, "keep") == [NAMES[i] for i in places]
 
 
+def test_a_whole_name_matches_itself_alone() -> None:
+    names = ["norm.weight", "layers.0.norm.weight", "norm.bias"]
+    assert matching(names, "norm.weight", "exclude") == ["norm.weight"]
+    assert matching(names, ["norm.weight", "layers"], "exclude") == names[:2]
+    assert matching(names, "norm", "exclude") == names
+
+
 @pytest.mark.parametrize("pattern", ["class", "layer.2", "classifier.bias.more", "Classifier", ""])
 def test_a_pattern_without_a_match_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match=r"exclude=.* matches no parameter"):

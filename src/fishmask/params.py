@@ -105,7 +105,8 @@ def matching(names: Iterable[str], patterns: str | Sequence[str], role: str) -> 
 
     A pattern is a run of parts that may stand anywhere in the name; ``*``, ``?`` and ``[...]`` work within one part.
     ``"classifier"`` matches ``classifier.weight`` and ``head.classifier.bias`` but not ``pre_classifier.weight``;
-    ``"layer.*.attention"`` matches ``encoder.layer.3.attention.self.query.weight``.
+    ``"layer.*.attention"`` matches ``encoder.layer.3.attention.self.query.weight``. A pattern that is the whole name of
+    a parameter matches that one alone: ``"norm.weight"``, where there is one, leaves ``layers.0.norm.weight`` out.
 
     Args:
         names: Parameter names.
@@ -123,7 +124,8 @@ def matching(names: Iterable[str], patterns: str | Sequence[str], role: str) -> 
     split = {name: name.split(".") for name in names}
     chosen: set[str] = set()
     for pattern in patterns:
-        hits = {name for name, parts in split.items() if _matches(parts, pattern.split("."))}
+        whole = pattern in split
+        hits = {pattern} if whole else {name for name, parts in split.items() if _matches(parts, pattern.split("."))}
         if not hits:
             words = sorted({part for parts in split.values() for part in parts} | set(names))
             near = get_close_matches(pattern, words, n=3)
