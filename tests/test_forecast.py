@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,17 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DistilBertConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    T5Config,
+)
 from typer.testing import CliRunner
 
 import fishmask
@@ -193,6 +204,18 @@ def test_dropout_of_a_gpu_keeps_one_byte_for_an_entry() -> None:
         assert ledger.parts("rest")[0]["saved"] == size
 
 
+def test_a_model_that_looks_for_padding_is_told_that_there_is_none() -> None:
+    config = DebertaV2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=500,
+        relative_attention=True, pos_att_type=["p2c", "c2p"], pooler_hidden_size=32,
+    )  # fmt: skip
+    model = DebertaV2ForSequenceClassification._from_config(config).train()
+    ledger = Ledger(granule=64)
+    account(model, tokens(model, B, S), ledger, method="full", mask=None, optimizer="adamw")
+    told = forecast(config, batch=(B, S), method="full")
+    assert told.peak == pytest.approx(sum(ledger.parts("workspace", since="forward")[1].values()), rel=0.02)
+
+
 # --- the ledger -------------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +309,16 @@ def test_more_entries_examples_and_tokens_take_more() -> None:
     assert peak(dtype=torch.bfloat16) < peak()
 
 
+@pytest.mark.parametrize("method", ["fish", "full", "floor", "lora:2"])
+def test_random_numbers_go_on_as_if_nothing_had_been_forecast(method: str) -> None:
+    states = [
+        (torch.get_rng_state().tolist(), random.getstate(), forecast(CONFIGS["bert"], batch=(2, 8), method=method))
+        for _ in range(2)
+    ]
+    assert states[0] == states[1]
+    assert states[1][:2] == (torch.get_rng_state().tolist(), random.getstate())
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +370,24 @@ def test_models_that_cannot_be_forecast_are_refused() -> None:
         forecast(Choosing(), batch={"x": torch.randn(3, 4)}, density=0.5)
 
 
+DISTILBERT = DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=40)
+
+
+def test_what_fails_without_data_is_one_error_that_says_what_to_do() -> None:
+    small: dict[str, Any] = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40,
+    }  # fmt: skip
+    mixture = MixtralConfig(**small, num_key_value_heads=2, num_local_experts=4, architectures=["MixtralForCausalLM"])
+    with pytest.raises(FishError, match=r"MixtralForCausalLM in float32.*BF16.*another dtype"):
+        forecast(mixture, batch=(2, 8))
+    assert forecast(mixture, batch=(2, 8), dtype=torch.bfloat16).trained > 0
+    bare = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40)
+    with pytest.raises(FishError, match=r"T5ForSequenceClassification.*decoder_start_token_id"):
+        forecast(bare, batch=(2, 8))
+    with pytest.raises(FishError, match=r"PEFT makes no LoRA of DistilBertForSequenceClassification"):
+        forecast(DISTILBERT, batch=(2, 8), method="lora:8")
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +406,17 @@ def test_the_command_says_the_same(tmp_path: Path) -> None:
         assert expected in run.output
     run = CliRunner().invoke(app, ["plan", folder, "--batch", "4by8"])
     assert run.exit_code == 2 and "16x128" in run.output
+
+
+def test_a_rival_that_cannot_be_made_is_left_out_with_a_note(tmp_path: Path) -> None:
+    DISTILBERT.save_pretrained(tmp_path)
+    given = ["plan", str(tmp_path), "--batch", "2x8", "--compare"]
+    run = CliRunner().invoke(app, given)
+    assert run.exit_code == 0, run.output
+    assert "LoRA" not in run.stdout and "full" in run.stdout and "mask" in run.stdout
+    assert "LoRA r=16 is left out: PEFT makes no LoRA" in run.stderr
+    run = CliRunner().invoke(app, [*given, "--json"])
+    assert [one["method"] for one in json.loads(run.stdout)] == ["fish", "full"]
 
 
 def test_lora_is_that_of_peft() -> None:

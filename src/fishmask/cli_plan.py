@@ -8,6 +8,7 @@ import typer
 
 from fishmask.cli_mask import Json, Model
 from fishmask.console import note, print_json, print_table, working
+from fishmask.errors import FishError
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _BESIDE = ("lora:16", "full")
@@ -59,7 +60,11 @@ def plan(
     }
     with working("running a step without data"):
         told = [forecast(model, density=density, mask=None if mask is None else read_mask(mask), **common)]
-        told += [forecast(model, method=method, **common) for method in (_BESIDE if compare else ())]
+        for method in _BESIDE if compare else ():
+            try:
+                told.append(forecast(model, method=method, **common))
+            except FishError as error:
+                note(f"{_NAMES[method]} is left out: {error}")
     if json:
         print_json([one.record() for one in told] if compare else told[0].record())
         return

@@ -84,6 +84,8 @@ def tokens(model: Any, examples: int, length: int) -> dict[str, Tensor]:
         return {"input_ids": ids, "labels": torch.ones_like(ids)}
     if config.pad_token_id is None:
         config.pad_token_id = 0  # decoders look for the last token that is no padding
+    # Said, since some models look at the labels to learn it.
+    config.problem_type = "regression" if config.num_labels == 1 else "single_label_classification"
     labels = torch.zeros(examples, **place)
     return {"input_ids": ids, "labels": labels.float() if config.num_labels == 1 else labels}
 
@@ -118,7 +120,7 @@ def prepared(model: Any, method: str) -> Any:
     """Freeze and extend a model for another method than "fish", and return what to call.
 
     Raises:
-        FishError: The library PEFT is missing.
+        FishError: The library PEFT is missing, or it makes no LoRA of this model.
     """
     rank = rank_of(method)
     model.requires_grad_(method == "full")
@@ -134,4 +136,9 @@ def prepared(model: Any, method: str) -> Any:
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=kind)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of PEFT's calls into transformers
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except (ValueError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            name = type(model).__name__
+            raise FishError(f"PEFT makes no LoRA of {name} on all linear layers ({reason}): leave it out") from error

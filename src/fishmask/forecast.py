@@ -1,6 +1,7 @@
 """What a training step takes in memory, told before it is run: by parts, and at its peak."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -122,9 +123,10 @@ def forecast(
         The bytes, by part and together.
 
     Raises:
-        ValueError: An unknown method, a mask beside a density or another method, or a batch that the model does not
-            take.
-        FishError: The model is attached, quantized or sharded, or its forward depends on its data.
+        ValueError: An unknown method, a mask beside a density or another method, or a batch that is empty or longer
+            than the model's positions.
+        FishError: The model is attached, quantized or sharded; its step depends on its data, or fails without them; or
+            PEFT makes no LoRA of it.
 
     Example:
         >>> from transformers import BertConfig
@@ -149,23 +151,15 @@ def forecast(
         mask = Mask.random(empty, _DENSITY if density is None else density, seed)
     n = sum(p.numel() for p in weights(empty).values())
     ledger = Ledger(granule=_GRANULE[device], host=device == "cpu")
-    try:
-        with StandIn(device), planned_for(device):
-            trained = account(empty, inputs, ledger, method=method, mask=mask, optimizer=optimizer)
-    except (NotImplementedError, RuntimeError) as error:
-        if isinstance(error, FishError) or "meta" not in str(error).lower():
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise FishError(
-            f"the forward of {type(empty).__name__} depends on its data, not on sizes alone: {reason}"
-        ) from error
+    with torch.random.fork_rng(devices=[]), StandIn(device), planned_for(device):
+        trained = account(empty, inputs, ledger, method=method, mask=mask, optimizer=optimizer)
     most, parts = ledger.parts("workspace", since="forward")
     return Forecast(
         method=method,
         n=n,
         trained=trained,
         batch=tuple(batch) if isinstance(batch, tuple) else (),
-        dtype=str(next(empty.parameters()).dtype).removeprefix("torch."),
+        dtype=dtype_text(empty),
         device=device,
         optimizer=optimizer,
         checkpointing=checkpointing,
@@ -188,10 +182,13 @@ def account(
 
     Returns:
         How many entries are trained.
+
+    Raises:
+        FishError: The step fails, or PEFT makes no LoRA of the model.
     """
     ledger.hold([*model.parameters(), *model.buffers()], "weights")
     own = {id(p) for p in model.parameters()}
-    tuning = None
+    name, tuning = type(model).__name__, None
     if mask is not None:
         ledger.hold(mask.indices.values(), "masks")
     with ledger:
@@ -208,14 +205,15 @@ def account(
         ledger.begin("state")
         state = optimizer_state(trained, optimizer)
         ledger.keep("optimizer")
-        ledger.begin("forward")
-        loss = model(**inputs).loss
-        ledger.keep("activations")
-        ledger.begin("backward")
-        # Not loss.backward(): modes that stand in for functions are off inside functions they were asked about.
-        ones = torch.ones_like(loss)
-        _engine_run_backward((loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)
-        del loss, ones
+        with _one_error(name, dtype_text(model)):
+            ledger.begin("forward")
+            loss = model(**inputs).loss
+            ledger.keep("activations")
+            ledger.begin("backward")
+            # Not loss.backward(): modes that stand in for functions are off inside functions they were asked about.
+            ones = torch.ones_like(loss)
+            _engine_run_backward((loss,), (ones,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+            del loss, ones
         ledger.hold([p.grad for p in trained if p.grad is not None], "gradients")
         ledger.begin("step")
         if tuning is not None:
@@ -223,6 +221,30 @@ def account(
             tuning.detach()
         del state
     return sum(p.numel() for p in trained)
+
+
+@contextmanager
+def _one_error(name: str, dtype: str) -> Iterator[None]:
+    """Turn whatever a model's own code raises in a step into one error that says what to do."""
+    try:
+        yield
+    except FishError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        if "meta" in reason.lower():
+            text = f"a step of {name} depends on its data, not on sizes alone ({reason}): measure a real step instead"
+        else:
+            text = (
+                f"a step of {name} in {dtype} cannot be run without data ({reason}): give another dtype, a "
+                "configuration with all that the model needs, or a batch with labels that its forward takes"
+            )
+        raise FishError(text) from error
+
+
+def dtype_text(model: nn.Module) -> str:
+    """Write the dtype of a model's weights for a person."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def optimizer_state(trained: Iterable[Tensor], optimizer: OptimizerName) -> list[Tensor]:

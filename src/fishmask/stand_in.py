@@ -20,7 +20,8 @@ class StandIn(TorchFunctionMode):
 
     PyTorch chooses their kernels by device: the meta device gets attention that keeps a matrix of all pairs of
     positions and dropout that keeps a float mask, which flash attention and the GPU's dropout do not. Whatever a model
-    asks about its data is true: models ask whether nothing is padded, and whether every row is one sequence.
+    asks about its data is true: models ask whether nothing is padded, and whether every row is one sequence. No number
+    is in any tensor: models ask whether the one that pads is among the tokens.
 
     Args:
         device: "cpu" asks PyTorch itself; for "cuda" these are its choices for GPUs since Ampere: flash attention in
@@ -42,6 +43,8 @@ class StandIn(TorchFunctionMode):
                 return attend(*args, **kwargs)
         if func in _QUESTIONS and args[0].is_meta and args[0].dtype is torch.bool:
             return True
+        if func is Tensor.__contains__ and args[0].is_meta:
+            return False
         if func is F.dropout and self._cuda and args[0].is_meta:
             return _dropped(*args, **kwargs)
         return func(*args, **kwargs)
