@@ -85,6 +85,14 @@ def test_an_interrupted_command_goes_on(monkeypatch, place, tmp_path):
     assert (tmp_path / "plain.st").read_bytes() == (tmp_path / "s.st").read_bytes()
 
 
+def test_an_output_in_the_work_folder_is_refused(place, tmp_path):
+    """The folder is deleted at the end, and nothing is worth scoring for that."""
+    for output in ("scores-rte.safetensors", "sums.safetensors", "deep/s.st", "../work/s.st"):
+        told = refusal(*score(place, "--work", tmp_path / "work", "-o", tmp_path / "work" / output), code=2)
+        assert "is in the work folder" in told
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_dry_run_prints_the_plan_alone(place, tmp_path):
     shown = call(*score(place, "--dry-run", "-o", tmp_path / "s.st", "--sums", "cpu", "--examples", 6))
     assert "LlamaForCausalLM" in shown.stdout and shown.stderr == ""

@@ -1,6 +1,8 @@
 """Scoring in several passes, with sums off the device, planned, killed and resumed."""
 
+import contextlib
 import copy
+import errno
 import json
 import os
 import subprocess
@@ -13,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
-from fishmask import FishError, Mask, fisher
+from fishmask import FishError, Mask, fisher, score_folder
 from fishmask.engine_batched import BatchedEngine
 from fishmask.fisher import prepared, scores
 from fishmask.guards import left_as_found, require_gradients
@@ -21,7 +23,7 @@ from fishmask.hub import located
 from fishmask.likelihoods import Likelihood
 from fishmask.params import canonical_parameters
 from fishmask.passes import Footprint, duration, groups
-from fishmask.score_folder import clear
+from fishmask.score_folder import Progress, ScoreFolder
 from fishmask.sums import Sums
 from tests.cases import case
 from tests.reference import assert_close, reference
@@ -255,7 +257,7 @@ def test_a_scoring_goes_on_where_it_stopped(tmp_path):
     )
     found = fisher(model, batches, examples=6, folder=tmp_path)
     # The first save comes after the first batch and the next ones when they cost little: one batch or two are left.
-    assert taken.count(2) <= 2 + 2  # two batches, and two of the checks
+    assert taken.count(2) <= 2 + 3  # two batches, two of the checks, and the first examples
     assert same_bits(found, fisher(c.make(), batches, examples=6))
     again = fisher(c.make(), batches, examples=6, folder=tmp_path)  # nothing is left to do
     assert same_bits(found, again)
@@ -332,6 +334,158 @@ def test_another_scoring_is_refused(tmp_path):
         fisher(c.make(), batches, examples=6, folder=tmp_path / "a")
 
 
+def test_each_flipped_byte_is_refused_or_changes_nothing(tmp_path):
+    """Of a finished pass and of saved sums; the file is named."""
+    totals = {"a": torch.rand(3, 4), "b": torch.rand(5)}
+    progress = Progress(4, "loop", ["0a", "1b"], [0.5, 0.25])
+    for name, write in (("scores-000000.safetensors", "finish"), ("sums.safetensors", "save")):
+        folder = ScoreFolder(tmp_path / write, {})
+        getattr(folder, write)(totals, progress)
+        folder.close()
+        file = tmp_path / write / name
+        whole = file.read_bytes()
+        refused = 0
+        for at in [*range(0, len(whole), 7), *range(len(whole) - 68, len(whole))]:
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :])
+            found = {n: torch.zeros_like(total) for n, total in totals.items()}
+            try:
+                folder = ScoreFolder(tmp_path / write, {})
+            except FishError as error:
+                assert str(file) in str(error) and "delete it" in str(error)
+                refused += 1
+                continue
+            try:
+                resumed = folder.resume(found) if write == "save" else Progress(4, "loop", folder.batches, folder.first)
+                assert resumed == progress and same_bits(found if write == "save" else folder.done, totals)
+            except FishError as error:
+                assert str(file) in str(error) and "delete it" in str(error)
+                refused += 1
+            finally:
+                folder.close()
+        assert refused >= 68 + (len(whole) - 68) // 7 - 12  # some of the padding after the header may be anything
+
+
+def test_the_pass_of_a_damaged_file_is_scored_again(tmp_path):
+    """Only that one: the others stay."""
+    c = case("llama")
+    batches = [c.batch(2, seed) for seed in range(2)]
+    memory = largest(c.make())
+    plain = fisher(c.make(), batches, examples=4)
+    fisher(c.make(), batches, examples=4, memory=memory, folder=tmp_path)
+    files = {file: file.read_bytes() for file in sorted(tmp_path.glob("scores-*"))}
+    damaged = next(iter(files))
+    damaged.write_bytes(files[damaged][:-1] + bytes([files[damaged][-1] ^ 0x40]))
+    with pytest.raises(FishError, match=rf"{damaged.name} is damaged.*delete it, and its pass is done again"):
+        fisher(c.make(), batches, examples=4, memory=memory, folder=tmp_path)
+    damaged.unlink()
+    with prepared(c.make(), batches, examples=4, memory=memory, folder=tmp_path) as scoring:
+        assert scoring.steps == 4
+        assert same_bits(scoring.run(), plain)
+    assert {file: file.read_bytes() for file in sorted(tmp_path.glob("scores-*"))} == files
+
+
+def test_a_full_disk_leaves_what_was_there(monkeypatch, tmp_path):
+    """Wherever it is full, in the midst of a file or of its first byte; afterwards the scoring goes on."""
+    c = case("mlp")
+    batches = [c.batch(2, seed) for seed in range(3)]
+    memory = largest(c.make())
+    plain = fisher(c.make(), batches, examples=6)
+    monkeypatch.setattr(score_folder, "SAVING", 1e9)  # save sums after every batch
+    write, stopped, done = os.write, 0, set()
+    for room in range(100, 20_000, 900):
+        left = [room]
+
+        def full(handle, view, left=left):
+            left[0] -= len(view)
+            if left[0] < 0:
+                write(handle, view[: len(view) // 2])
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(handle, view)
+
+        work = tmp_path / str(room)
+        with monkeypatch.context() as disk, contextlib.suppress(OSError):
+            disk.setattr(os, "write", full)
+            fisher(c.make(), batches, examples=6, memory=memory, folder=work)
+        if left[0] >= 0:
+            break
+        stopped += 1
+        assert not [file.name for file in work.iterdir() if file.name.endswith(".tmp")]
+        with prepared(c.make(), batches, examples=6, memory=memory, folder=work) as scoring:
+            done.add(scoring.steps)
+            assert same_bits(scoring.run(), plain)
+    assert stopped > 5 and left[0] >= 0  # it stopped at many places, and at last there was room
+    assert done == {12, 6}  # in the first pass and in the second
+
+
+def test_only_the_scoring_own_files_are_deleted(tmp_path):
+    c = case("mlp")
+    with prepared(c.make(), [c.batch(2, 0)], examples=2, folder=tmp_path) as scoring:
+        scoring.run()
+        (tmp_path / "scores-rte.safetensors").write_bytes(b"mine")
+    with prepared(c.make(), [c.batch(2, 0)], examples=2, folder=tmp_path) as scoring:
+        assert scoring.steps == 0
+        scoring.clear()
+    assert [file.name for file in tmp_path.iterdir()] == ["scores-rte.safetensors"]
+
+
+class Activated(nn.Module):
+    """Its activation is neither a module nor in what it prints."""
+
+    def __init__(self, activation):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.activation = nn.Linear(4, 8), nn.Linear(8, 3), activation
+
+    def forward(self, x):
+        return self.b(self.activation(self.a(x)))
+
+
+def test_another_model_of_the_same_weights_is_refused(tmp_path):
+    """Another activation, seen by what comes out; another number of heads, told by the configuration."""
+    batches = [(torch.randn(4, 4), torch.randint(0, 3, (4,)))]
+    found = fisher(Activated(torch.relu), batches, examples=4, folder=tmp_path / "a")
+    with pytest.raises(FishError, match=r"first examples do not give .* model or the loss is another"):
+        fisher(Activated(torch.tanh), batches, examples=4, folder=tmp_path / "a")
+    assert same_bits(found, fisher(Activated(torch.relu), batches, examples=4, folder=tmp_path / "a"))
+
+    class Failing:
+        def __iter__(self):
+            yield batches[0]
+            raise KeyError("the data ends badly")
+
+    with pytest.raises(KeyError):
+        fisher(Activated(torch.relu), Failing(), examples=8, folder=tmp_path / "b")
+    assert (tmp_path / "b" / "sums.safetensors").exists()
+    with pytest.raises(FishError, match="first examples do not give"):
+        fisher(Activated(torch.tanh), batches * 2, examples=8, folder=tmp_path / "b")
+    c, batches = begun(tmp_path / "c")
+    model = c.make()
+    model.config.num_attention_heads *= 2
+    with pytest.raises(FishError, match="other structure"):
+        fisher(model, batches, examples=6, folder=tmp_path / "c")
+
+
+def test_another_loss_of_the_same_name_is_refused(tmp_path):
+    def scaled(scale):
+        def loss(model, batch):
+            return F.cross_entropy(model(batch[0]) * scale, batch[1], reduction="none")
+
+        return loss
+
+    batches = [(torch.randn(4, 4), torch.randint(0, 3, (4,)))]
+    options = {"examples": 4, "folder": tmp_path}
+    found = fisher(Activated(torch.relu), batches, loss=scaled(1.0), **options)
+    with pytest.raises(FishError, match="other loss"):
+        fisher(Activated(torch.relu), batches, loss=scaled(10.0), **options)
+    assert same_bits(found, fisher(Activated(torch.relu), batches, loss=scaled(1.0), **options))
+    with (
+        Path(os.devnull).open() as file,
+        pytest.raises(FishError, match=r"scale in loss holds a TextIOWrapper.*leave out"),
+    ):
+        fisher(Activated(torch.relu), batches, loss=scaled(file), examples=4, folder=tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 def test_selection_streams_over_the_files_of_a_folder(tmp_path):
     """The scores are mapped: the mask is the same, and nothing but the chosen entries stays in memory."""
     c = case("llama")
@@ -340,7 +494,8 @@ def test_selection_streams_over_the_files_of_a_folder(tmp_path):
     found = fisher(c.make(), batches, examples=3, memory=largest(c.make()), folder=tmp_path)
     assert len(list(tmp_path.glob("scores-*.safetensors"))) > 1
     assert Mask.from_scores(found, 0.05) == Mask.from_scores(plain, 0.05)
-    clear(tmp_path)
+    with prepared(c.make(), batches, examples=3, folder=tmp_path) as scoring:
+        scoring.clear()
     assert not tmp_path.exists()
 
 

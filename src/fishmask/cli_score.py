@@ -64,6 +64,10 @@ def score(
     whole = method in ("fisher", "absolute")
     if not whole and (dry_run or (room, sums, work) != (None, "device", None)):
         raise ValueError(f"--memory, --sums, --work and --dry-run are for fisher and absolute, not for {method}")
+    if work is not None and output.resolve().is_relative_to(work.resolve()):
+        raise ValueError(
+            f"--output {output} is in the work folder {work}, which is deleted at the end; name another place"
+        )
     loaded, batches, examples = _loaded(model, data, text, label, pair, task, examples, batch_size, max_length, seed)
     loaded.model.to(place)
     about = {"method": method, "labels": labels, "examples": examples, "seed": seed, "model": model}
@@ -79,13 +83,11 @@ def score(
                 return
             note(str(plan))
             found = _run(scoring)
+            write_scores(output, found, head=loaded.head, about=about)
+            scoring.clear()  # in here nobody else has the folder
     else:
         found = scores(loaded.model, batches, method=method, **options)
-    write_scores(output, found, head=loaded.head, about=about)
-    if work is not None:
-        from fishmask.score_folder import clear
-
-        clear(work)
+        write_scores(output, found, head=loaded.head, about=about)
     report({"scores": output, **about, "parameters": len(found)}, json, "Scores")
 
 

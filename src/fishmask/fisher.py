@@ -73,7 +73,8 @@ def fisher(
         ValueError: An argument or a batch is not what is described here, or there is no example.
         FishError: Dropout is active or BatchNorm uses batch statistics in eval mode; the model
             or the loss mixes examples; a score is not finite; ``engine="batched"`` refuses; the batches of a later
-            pass are others; or ``folder`` holds another scoring.
+            pass are others; or ``folder`` holds another scoring or a damaged file, is in use, or is given with a
+            ``loss`` that holds something whose content cannot be compared.
 
     Example:
         >>> model = nn.Linear(2, 3)

@@ -14,12 +14,13 @@ from fishmask.batches import Batch, cut, digest, elements, first_examples, size
 from fishmask.engine_batched import BatchedEngine, Unsupported
 from fishmask.engine_loop import LoopEngine
 from fishmask.errors import FishError
-from fishmask.guards import check_independence, left_as_found, require_gradients
+from fishmask.guards import check_independence, left_as_found, require_gradients, same
+from fishmask.identity import loss_digest, structure_digest, weights_digest
 from fishmask.likelihoods import Likelihood
 from fishmask.params import canonical_parameters
 from fishmask.passes import SUM_BYTES, Footprint, ScoringPlan, free_bytes, groups, weights_bytes
 from fishmask.rules import ABSOLUTE
-from fishmask.score_folder import Progress, ScoreFolder, weights_digest
+from fishmask.score_folder import Progress, ScoreFolder
 from fishmask.sums import Place, Sums
 
 Engine = Literal["auto", "batched", "loop"]
@@ -42,7 +43,7 @@ class Scoring:
     Raises:
         ValueError: ``memory`` is no number of bytes or too little for one parameter, ``place`` is unknown, or
             ``batches`` can be gone through only once.
-        FishError: The folder is that of another scoring.
+        FishError: The folder is that of another scoring, or it cannot be told whether the loss is the same.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class Scoring:
         self._folder = None if folder is None else ScoreFolder(Path(folder), self._about())
         self._groups = self._left()
         self._seen: list[str] = self._folder.batches if self._folder else []  # digests of batches
-        self._complete = bool(self._folder and self._folder.done)  # whether all are seen
+        self._first: list[float] = self._folder.first if self._folder else []  # what the first examples gave
+        self._compared = False  # whether they were looked at by this call
+        self._complete = bool(self._folder and self._folder.done)  # whether all batches are seen
 
     @property
     def steps(self) -> int:
@@ -87,14 +90,20 @@ class Scoring:
         if self._folder is not None:
             self._folder.close()
 
+    def clear(self) -> None:
+        """Delete the folder's content once the scores are elsewhere; those that came from it are mapped, and end."""
+        if self._folder is not None:
+            self._folder.clear()
+
     def _about(self) -> dict[str, object]:
         """Say what decides the bits of the scores."""
         loss = self._likelihood.loss
         return {
             "weights": weights_digest(self._model),
             "model": type(self._model).__name__,
+            "structure": structure_digest(self._model),
             "labels": self._likelihood.labels,
-            "loss": None if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
+            "loss": None if loss is None else loss_digest(loss),
             "seed": self._likelihood.seed,
             "power": "absolute" if self._likelihood.power is ABSOLUTE else "square",
             "examples": self._examples,
@@ -147,7 +156,7 @@ class Scoring:
         begun = self._folder.resume(sums.tensors) if self._folder else None
         if begun is not None:
             run.use(begun.engine)
-            self._seen = self._seen or begun.batches
+            self._seen, self._first = self._seen or begun.batches, self._first or begun.first
             advance(begun.examples)
         done = 0
         for first, batch in self._taken():
@@ -157,11 +166,11 @@ class Scoring:
             run.add(batch, first)
             advance(size(batch))
             if self._folder is not None:
-                self._folder.save(sums.tensors, Progress(done, run.engine, self._seen[: self._number]))
+                self._folder.save(sums.tensors, Progress(done, run.engine, self._seen[: self._number], self._first))
         check_finite(sums.tensors)
         if self._folder is None:
             return done, sums.tensors if len(self._groups) == 1 else _on_cpu(sums.tensors)
-        self._folder.finish(sums.tensors, Progress(done, run.engine, self._seen))
+        self._folder.finish(sums.tensors, Progress(done, run.engine, self._seen, self._first))
         return done, {}
 
     def _taken(self) -> Iterator[tuple[int, Batch]]:
@@ -184,6 +193,8 @@ class Scoring:
                         f"batch {self._number} is not what it was in an earlier pass, so the passes would not score "
                         "the same examples; give the same batches in the same order (no shuffling) each time"
                     )
+            if self._folder is not None and not self._compared:
+                self._compare(cut(batch, 0, min(2, size(batch))))
             self._number += 1
             yield first, batch
         if self._number == 0:
@@ -194,6 +205,22 @@ class Scoring:
                 "batches each time"
             )
         self._complete = True
+
+    def _compare(self, few: Batch) -> None:
+        """See whether the first examples give what they gave when the folder was begun: code may have changed."""
+        require_gradients(self._model, True)
+        output = self._likelihood(self._model, few, 0).output.detach()
+        rows = output.double().reshape(len(output), -1)
+        found = torch.stack([rows.mean(1), rows.square().mean(1).sqrt()], dim=1)
+        earlier = torch.tensor(self._first, dtype=torch.float64).view(-1, 2)
+        # Each example by itself: one may be far smaller than the other. Kernels of other machines may differ a little.
+        if self._first and not all(same(a.to(output.dtype), b, 0) for a, b in zip(found, earlier, strict=True)):
+            raise FishError(
+                f"the first examples do not give what they gave when the folder was begun, so the model or the loss "
+                f"is another one though its weights are the same (means and root mean squares: {_told(self._first)} "
+                f"then, {_told(found.flatten().tolist())} now); go on with that one, delete the folder, or name another"
+            )
+        self._first, self._compared = self._first or found.flatten().tolist(), True
 
     def _sums(self, names: list[str]) -> Sums:
         return Sums({name: self._parameters[name] for name in names}, self._place)
@@ -341,6 +368,10 @@ def check_finite(scores: Mapping[str, Tensor]) -> None:
             f"scores must be finite, but those of {shown} are not: a weight, an input or a gradient is infinite or "
             "not a number, or too large for its dtype; check the model on this data, or score it in float32"
         )
+
+
+def _told(numbers: list[float]) -> str:
+    return ", ".join(f"{number:.4g}" for number in numbers)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
