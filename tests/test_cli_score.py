@@ -106,6 +106,8 @@ def test_misuse_is_refused(place, tmp_path):
     assert "expected a size such as 8GB" in refusal(*score(place, "--memory", "much"), code=2)
     assert "is too little" in refusal(*score(place, "--memory", "1KB"), code=2)
     assert "are for fisher and absolute" in refusal(*score(place, "--method", "snip", "--work", tmp_path), code=2)
+    assert "--batch-size must be at least 1, got 0" in refusal(*score(place, "--batch-size", 0), code=2)
+    assert "--max-length must be at least 1, got 0" in refusal(*score(place, "--max-length", 0), code=2)
     assert "--pair is for labelled texts" in refusal(*score(place, "--pair", "text"), code=2)
     assert [bytes_named(size, "--memory") for size in ("12", "1.5kb", "2 GB")] == [12, 1500, 2_000_000_000]
     tiny.model_folder(tmp_path / "bert")

@@ -64,6 +64,9 @@ def score(
     whole = method in ("fisher", "absolute")
     if not whole and (dry_run or (room, sums, work) != (None, "device", None)):
         raise ValueError(f"--memory, --sums, --work and --dry-run are for fisher and absolute, not for {method}")
+    for option, number in (("--batch-size", batch_size), ("--max-length", max_length)):
+        if number < 1:
+            raise ValueError(f"{option} must be at least 1, got {number}")
     if work is not None and output.resolve().is_relative_to(work.resolve()):
         raise ValueError(
             f"--output {output} is in the work folder {work}, which is deleted at the end; name another place"
