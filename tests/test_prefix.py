@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fishmask import FishError, Mask, PrefixCache, attach, fisher
+from fishmask import FishError, Mask, PrefixCache, attach, fisher, states
 from fishmask.compute import chain_of, run, step_costs
 from fishmask.states import LINE_BYTES, FolderStates, MemoryStates
 from tests.cases import BERT, GPT2, LLAMA, case, generator, hf, tokens
@@ -199,12 +199,50 @@ def test_padding_on_the_left_counts_as_another_place():
     assert (cache.computed, cache.served) == (10, 10)
 
 
+def convolved(ids: Tensor, width: int) -> dict[str, Tensor]:
+    """Return a batch of ids [examples, tokens] padded to a width, as a model that convolves over tokens takes it."""
+    right = (0, width - ids.shape[1])
+    return {"input_ids": F.pad(ids, right), "attention_mask": F.pad(torch.ones_like(ids), right)}
+
+
+@pytest.mark.parametrize("first", [4, 1])
+def test_padding_that_reaches_other_tokens_is_kept_and_told(first):
+    sizes = {**SEQ_BERT, "embedding_size": 8, "head_ratio": 1, "conv_kernel_size": 5}
+    model = hf("ConvBertForSequenceClassification", "ConvBertConfig", **sizes)()
+    ids = torch.randint(3, 20, (2, 4), generator=generator(0))
+    batches = [convolved(ids[:, :first], first), *(convolved(ids, width) for width in (4, 7, 4, 7))]
+    tuning = attach(model, masked(model, 2, batches[1]))
+    with torch.no_grad():
+        expected = [model(**batch).logits for batch in batches]
+        assert not torch.allclose(expected[1], expected[2], atol=1e-4)  # the same tokens, and other states
+        # One token alone tells nothing, so it is kept as a whole row, and asked again at the next batch.
+        with (
+            PrefixCache(tuning, limit_bytes=ROOM) as cache,
+            pytest.warns(UserWarning, match="reaches other tokens") as told,
+        ):
+            found = [model(**batch).logits for batch in batches]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and len(told) == 1
+    assert cache.served == (4 if first == 1 else 6)
+
+
+def test_what_is_behind_the_padding_does_not_matter_in_other_models():
+    for name in MODELS:
+        tuning, batch = start(name)
+        given = {key: value for key, value in batch.items() if key != "labels"}
+        given["input_ids"] = given["input_ids"].clamp(min=3)  # padding that says something
+        with PrefixCache(tuning, limit_bytes=ROOM) as cache, torch.no_grad():
+            tuning.model(**given)
+            tuning.model(**{key: F.pad(value, (0, 3)) for key, value in given.items()})
+        assert cache.served == 5, name
+
+
 @pytest.mark.parametrize("kind", ["memory", "folder"])
 def test_the_limit_is_kept_and_the_rest_computed_as_usual(kind, tmp_path):
     tuning, batch = start()
     expected = one_step(tuning, batch)
     with PrefixCache(tuning, limit_bytes=ROOM) as cache:
         needed = cache.estimate(batch, 5)
+        assert needed == PrefixCache(start()[0], limit_bytes=1).estimate(batch, 5)  # before its `with` block
         assert needed == round(32 * int(batch["attention_mask"].sum()) + 5 * LINE_BYTES)  # 8 floats for a token
         assert (cache.nbytes, cache.computed, cache.served) == (0, 0, 0)
         one_step(tuning, batch)
@@ -217,6 +255,12 @@ def test_the_limit_is_kept_and_the_rest_computed_as_usual(kind, tmp_path):
         if folder is not None:
             assert sum(path.stat().st_size for path in folder.glob("*.bin")) == small.nbytes
         assert 5 < small.computed < 15 and small.computed + small.served == 15
+    if folder is not None:
+        with (
+            PrefixCache(tuning, folder, limit_bytes=10) as smaller,
+            pytest.raises(FishError, match=rf"holds {small.nbytes:,} bytes of states, more than limit_bytes=10: allow"),
+        ):
+            smaller.fill([batch])
     assert f"of {limit / 1e6:,.0f} MB, {small.served / 15:.1%} of 15 examples served" in repr(small)
 
 
@@ -322,6 +366,42 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
     assert not memory.add(b"k" * 16, memoryview(b"abc")) and memory.nbytes == 0
 
 
+def test_a_full_disk_ends_the_keeping_and_not_the_training(tmp_path, monkeypatch):
+    tuning, batch = start()
+    expected, whole = one_step(tuning, batch), states._write_whole
+
+    def full(file, offset, data):
+        if file.name.endswith("index.bin") and offset == 2 * LINE_BYTES:  # the third
+            whole(file, offset, data[:3])
+            raise OSError(28, "No space left on device")
+        whole(file, offset, data)
+
+    monkeypatch.setattr(states, "_write_whole", full)
+    with PrefixCache(tuning, tmp_path / "states", limit_bytes=ROOM) as cache:
+        with pytest.warns(UserWarning, match="No space left on device.*computed in every forward") as told:
+            for _ in range(3):
+                torch.testing.assert_close(one_step(tuning, batch), expected, rtol=1e-5, atol=1e-6)
+        assert (cache.computed, cache.served) == (5 + 3 + 3, 2 + 2) and len(told) == 1
+        sizes = sum(path.stat().st_size for path in (tmp_path / "states").glob("*.bin"))
+        assert sizes == cache.nbytes
+    monkeypatch.undo()
+    with PrefixCache(tuning, tmp_path / "states", limit_bytes=ROOM) as again:
+        torch.testing.assert_close(one_step(tuning, batch), expected, rtol=1e-5, atol=1e-6)
+        assert (again.computed, again.served) == (3, 2)
+
+
+def test_what_is_unfrozen_below_is_refused():
+    tuning, batch = start()
+    layer = tuning.model.bert.encoder.layer[1].output.dense
+    with PrefixCache(tuning, limit_bytes=ROOM):
+        one_step(tuning, batch)
+        layer.requires_grad_(True)
+        with pytest.raises(FishError, match=r"these learn: bert.encoder.layer.1.output.dense.weight, bert.*bias\."):
+            tuning.model(**batch)
+        layer.requires_grad_(False)
+        one_step(tuning, batch)
+
+
 def test_other_weights_below_end_the_cache():
     tuning, batch = start()
     with PrefixCache(tuning, limit_bytes=ROOM) as cache:
@@ -388,6 +468,14 @@ def test_what_cannot_be_served_is_refused():
     embedded = {"inputs_embeds": torch.randn(5, 7, 8, requires_grad=True), "labels": batch["labels"]}
     with cache, pytest.raises(FishError, match="inputs that do not learn, but inputs_embeds"):
         tuning.model(**embedded)
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 3, "encoder_attention_heads": 2, "vocab_size": 20}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "max_position_embeddings": 16}
+    bart = hf("BartForConditionalGeneration", "BartConfig", **sizes)()
+    attach(bart, Mask.from_indices({"model.decoder.layers.2.fc1.bias": [0]}))
+    with pytest.raises(FishError, match=r"models of one stack of blocks, but this one takes decoder_input_ids"):
+        PrefixCache(bart, limit_bytes=ROOM)
+    with cache, pytest.raises(FishError, match="this one takes encoder_hidden_states"):
+        tuning.model.bert(batch["input_ids"], encoder_hidden_states=torch.zeros(5, 7, 8))
     turned = case("torch-encoder-positions-first")
     encoder = turned.make()
     attach(encoder, masked(encoder, 1, turned.batch(4, 0)))
@@ -486,25 +574,24 @@ def test_autocast_has_states_of_its_own():
         assert tuning.model(**batch).loss == plain and cache.computed == 10
 
 
-def test_the_model_is_left_as_it_was_whatever_happens():
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_the_model_is_left_as_it_was_whatever_happens(error):
     tuning, batch = start()
     model = tuning.model.train()
     modules = [(vars(module).get("forward"), module.training) for module in model.modules()]
     copies = []
 
-    class Stop(Exception):
-        pass
-
     def stop(*_):
-        raise Stop
+        raise error
 
     with PrefixCache(tuning, limit_bytes=ROOM):
         model(**batch)
         copies += [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
         handle = model.bert.encoder.layer[3].register_forward_pre_hook(stop)
-        with pytest.raises(Stop):
+        with pytest.raises(error):
             model(**batch)
         handle.remove()
+        model(**batch)  # a loop that has caught it may go on
         assert [(vars(module).get("forward"), module.training) for module in model.modules()] == modules
     assert [(vars(module).get("forward"), module.training) for module in model.modules()] == modules
     for copied in copies:

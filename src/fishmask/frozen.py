@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from hashlib import blake2b
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -111,8 +112,40 @@ class Frozen:
         """Return the shape of one example's state in a batch of so many tokens."""
         return (width, *self._shape[1:]) if self.by_token else tuple(self._shape)
 
-    def check(self) -> None:
-        """Refuse weights that have changed since the first forward."""
+    def ignores_padding(self, named: Named, mask: Tensor) -> bool | None:
+        """Tell whether an example's states are the same, but for rounding, without padding and with other padding.
+
+        The first half of the batch's longest example is run alone, and once more with the other half behind it as
+        padding, so nothing is wider than the batch. None where no example has two tokens to tell by.
+        """
+        count, width = mask.shape
+        row = int((mask != 0).sum(1).argmax())
+        one, present = rows_of(named, [row], count), (mask[row] != 0).nonzero().flatten().tolist()
+        if len(present) < 2:
+            return None
+        begin, end = present[0], present[len(present) // 2]
+        short = {
+            name: value[:, :end] if isinstance(value, Tensor) and value.shape[:2] == (1, width) else value
+            for name, value in one.items()
+        }
+        long = {**one, "attention_mask": one["attention_mask"].clone()}
+        long["attention_mask"][:, end:] = 0
+        for name, value in one.items():
+            is_tokens = isinstance(value, Tensor) and value.shape[:2] == (1, width) and name != "attention_mask"
+            if is_tokens and begin:  # other padding on the left
+                long[name] = value.clone()
+                long[name][:, :begin] = value[:, begin : begin + 1]
+        weights = {tensor.dtype for tensor in self._tensors.values() if tensor.is_floating_point()}
+        exactly = torch.autocast(self.device.type, enabled=False) if weights == {torch.float32} else nullcontext()
+        with exactly:  # autocast would round more than need be
+            alone, beside = (self.run(x)[0, begin:end].float().flatten(1) for x in (short, long))
+        rounding = max(torch.finfo(dtype).eps for dtype in (*weights, self.state_dtype)) ** 0.5
+        return bool(((alone - beside).norm(dim=1) <= rounding * alone.norm(dim=1)).all())
+
+    def check(self, masked: Mapping[str, Tensor]) -> None:
+        """Refuse weights that have changed since the first forward, or have come to learn."""
+        if any(tensor.requires_grad for tensor in self._tensors.values()):
+            self.check_frozen(masked)
         if self._versions() != self._seen:
             raise FishError(
                 "weights or buffers below the mask have changed since this cache was begun (loaded, moved or written), "

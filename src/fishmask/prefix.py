@@ -7,8 +7,9 @@ embeddings nor the blocks below are run.
 
 import inspect
 import sys
+import warnings
 from collections.abc import Iterable, Set
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from hashlib import blake2b
 from os import PathLike
@@ -32,6 +33,7 @@ from fishmask.states import KEY_BYTES, FolderStates, MemoryStates
 
 # Arguments that the states do not depend on.
 _NO_INPUTS = frozenset({"labels", "num_items_in_batch", "return_dict", "use_cache"})
+_OTHER_STACK = ("encoder_", "decoder_")  # of a model whose two stacks have inputs and padding of their own
 _PLAIN = (type(None), bool, int, float, str)
 Span = tuple[int, int]  # the first token of an example that is no padding, and the one behind the last
 
@@ -44,7 +46,8 @@ class PrefixCache:
     mask is in eval mode meanwhile, so it has no dropout; blocks with entries and those above train as ever.
 
     What is served is the very state that was computed. In a batch of the same shape the output is the same bit for
-    bit; where the same example was computed beside other ones, it differs by what rounding differs.
+    bit; where the same example was computed beside other ones, it differs by what rounding differs. Padding apart:
+    see ``trim``.
 
     Args:
         model: An attached model, or its ``Tuning``. Its mask must leave at least the first block alone (see
@@ -53,8 +56,10 @@ class PrefixCache:
             mask's prefix: the same weights below, the same versions of torch and transformers.
         limit_bytes: The most bytes to keep. When they are full, other examples are computed in every forward.
         dtype: The dtype to keep states in; by default their own, which is exact.
-        trim: Leave out what stands at padding, by the ``attention_mask``. Whatever the loss makes of those places must
-            not matter then: that its gradient there is zero is checked now and then.
+        trim: Leave out what stands at padding, by the ``attention_mask``, where no other token depends on it: that is
+            tried on one example at first. Whatever is made of those places above must not matter then. In training
+            that is checked now and then, by its gradient; in evaluation it cannot be: pass False for a model that
+            looks at padding, such as one that takes the mean over all places.
 
     Attributes:
         lowest: The first block that is run; those below are served.
@@ -62,8 +67,8 @@ class PrefixCache:
         computed: How many were computed.
 
     Raises:
-        FishError: The model is not attached, is sharded, compiled or no chain of blocks, or has masked entries below
-            its second block.
+        FishError: The model is not attached, is sharded, compiled, no chain of blocks or one with a decoder beside an
+            encoder, or has masked entries below its second block.
         ValueError: The limit is no positive number.
 
     Example:
@@ -101,6 +106,7 @@ class PrefixCache:
         self._chain, self._blocks = chain_of(self._model)
         self._owner = inputs_of(self._model, self._chain)
         self._parameters = inspect.signature(self._owner.forward).parameters
+        _refuse_two_stacks(name for name in self._parameters if name.startswith("decoder_"))
         self._mask = tuning.mask
         self.lowest = self._lowest()
         if self.lowest == 0:
@@ -113,6 +119,7 @@ class PrefixCache:
         self._store: MemoryStates | FolderStates | None = None
         self._prefix: Frozen | None = None
         self._handles: list[RemovableHandle] = []
+        self._trims: bool | None = None  # whether padding is left out; not known before a batch has some
         self._filling = False
         self._undo: list[tuple[nn.Module, Any]] = []  # what a forward has changed: (module, its own forward, if any)
         self._training: list[nn.Module] = []
@@ -157,18 +164,19 @@ class PrefixCache:
         )
 
     def estimate(self, batch: Batch, examples: int) -> int:
-        """Return how many bytes so many examples like those of a batch would take.
+        """Return how many bytes so many examples like those of a batch would take; before the ``with`` block or in it.
 
         Args:
             batch: What the model takes.
             examples: How many there are in all.
         """
-        kept, self._store, computed = self._store, MemoryStates(sys.maxsize), self.computed
-        try:
-            self.fill([batch])
-            return round(examples * self._store.nbytes / len(self._store))
-        finally:
-            self._store, self.computed = kept, computed
+        with nullcontext() if self._handles else self:
+            kept, self._store, computed = self._store, MemoryStates(sys.maxsize), self.computed
+            try:
+                self.fill([batch])
+                return round(examples * self._store.nbytes / len(self._store))
+            finally:
+                self._store, self.computed = kept, computed
 
     def fill(self, batches: Iterable[Batch]) -> None:
         """Compute and keep the states of batches without training on them, until there is no more room.
@@ -201,10 +209,12 @@ class PrefixCache:
         """Before the forward: find or compute the states, and put what serves them in the place of the blocks."""
         if torch.compiler.is_compiling():
             raise FishError("a compiled model has no prefix cache: leave the `with` block, or do not compile")
+        self._restore()  # what an interrupt of the last forward has left: hooks behind a forward do not see those
         # The model is scored, or its layers are counted, or it is no more attached: all of it has to run.
         if self._tuning._paused or not self._tuning.attached:
             return None
         named = self._named(args, kwargs)
+        _refuse_two_stacks(name for name, value in named.items() if value is not None and name.startswith(_OTHER_STACK))
         if learning := [name for name, value in named.items() if isinstance(value, Tensor) and value.requires_grad]:
             raise FishError(
                 f"a prefix cache is for inputs that do not learn, but {', '.join(learning)} asks for a gradient"
@@ -212,7 +222,7 @@ class PrefixCache:
         self._check_mask()
         try:
             prefix = self._prefix or self._discover(named)
-            prefix.check()
+            prefix.check(self._mask.indices)
             self._training = [module for module in prefix.modules if module.training]
             for module in self._training:
                 module.training = False
@@ -314,6 +324,16 @@ class PrefixCache:
         by_row = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == count
         if not (self._trim and prefix.by_token and isinstance(mask, Tensor) and by_row):
             return [(0, 0)] * count
+        if self._trims is None:
+            self._trims = prefix.ignores_padding(named, mask)
+            if self._trims is False:
+                warnings.warn(
+                    f"in {self._chain} what stands at padding reaches other tokens, so this PrefixCache keeps padding "
+                    "too, and knows an example again only where it is padded alike",
+                    stacklevel=2,
+                )
+        if not self._trims:
+            return [(0, 0)] * count
         present = mask != 0
         first = present.int().argmax(1).tolist()
         behind = (mask.shape[1] - present.flip(1).int().argmax(1)).tolist()
@@ -324,7 +344,7 @@ class PrefixCache:
         """Return a digest of each example's inputs, of what is at padding only its place."""
         kind = next(self._model.parameters()).device.type
         cast = torch.is_autocast_enabled(kind) and str(torch.get_autocast_dtype(kind))
-        common = blake2b(repr(cast).encode(), digest_size=KEY_BYTES)
+        common = blake2b(repr((cast, spans[0][1] > 0)).encode(), digest_size=KEY_BYTES)
         own: list[tuple[str, Tensor, bool]] = []
         mask = named.get("attention_mask")
         for name in sorted(named.keys() - _NO_INPUTS):
@@ -420,6 +440,15 @@ class PrefixCache:
 def _give(output: Any, *args: Any, **kwargs: Any) -> Any:
     """Stand for the forward of a module that need not run."""
     return output
+
+
+def _refuse_two_stacks(names: Iterable[str]) -> None:
+    """Refuse inputs of an encoder beside a decoder: which of them a state depends on is not known."""
+    if found := list(names):
+        raise FishError(
+            f"a prefix cache is for models of one stack of blocks, but this one takes {', '.join(found)}: train one "
+            "with an encoder and a decoder without it"
+        )
 
 
 def _is_cache(hook: Any) -> bool:

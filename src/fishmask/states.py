@@ -7,7 +7,9 @@ index, and both are checked, so an entry that a crash has torn is never served.
 
 import json
 import struct
+import warnings
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,11 +66,11 @@ class FolderStates:
         identity: What the states belong to, as JSON.
 
     Raises:
-        FishError: The folder is in use, or holds something else.
+        FishError: The folder is in use, holds something else, or more than the limit.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, identity: dict[str, Any]) -> None:
-        self._limit = limit_bytes
+        self._folder, self._limit, self._broken = folder, limit_bytes, False
         make_folder(folder)
         self._lock = Lock(folder / ".lock")
         self._lock.acquire()
@@ -79,6 +81,11 @@ class FolderStates:
             _check_identity(folder, identity)
             self._states, self._index = (self._opened(folder / name) for name in ("states.bin", "index.bin"))
             self._read_index()
+            if self.nbytes > limit_bytes:
+                raise FishError(
+                    f"{folder} holds {self.nbytes:,} bytes of states, more than limit_bytes={limit_bytes:,}: allow as "
+                    "much, delete it, or name another folder"
+                )
         except BaseException:
             self.close()
             raise
@@ -130,13 +137,24 @@ class FolderStates:
         return whole
 
     def add(self, key: bytes, state: memoryview) -> bool:
-        """Keep an entry, and tell whether there was room for it."""
-        if self.nbytes + len(state) + LINE_BYTES > self._limit:
+        """Keep an entry, and tell whether there was room for it; warn where the system has none, and keep no more."""
+        if self._broken or self.nbytes + len(state) + LINE_BYTES > self._limit:
             return False
         checksum = zlib.crc32(state)
         line = _LINE.pack(key, self._end, len(state), checksum)
-        _write_whole(self._states, self._end, state)
-        _write_whole(self._index, self._lines, memoryview(line + _CHECK.pack(zlib.crc32(line))))
+        try:
+            _write_whole(self._states, self._end, state)
+            _write_whole(self._index, self._lines, memoryview(line + _CHECK.pack(zlib.crc32(line))))
+        except OSError as error:
+            self._broken = True
+            with suppress(OSError):
+                self._states.truncate(self._end)
+                self._index.truncate(self._lines)
+            warnings.warn(
+                f"{self._folder} takes no more states ({error}): other examples are computed in every forward",
+                stacklevel=2,
+            )
+            return False
         self._places[key] = (self._end, len(state), checksum)
         self._sound.add(key)
         self._end += len(state)
