@@ -88,7 +88,7 @@ def run(task: str, recipe: Recipe, source: str | None = None) -> Record:
     else:
         rest = outside_of_layers(loaded.model, loaded.head)
         mask = Mask.random(loaded.model, recipe.density, recipe.seed, keep=loaded.head, exclude=rest, block=block)
-    outcome = fit(loaded.model, data["train"], recipe, head=loaded.head, mask=mask)
+    outcome = fit(loaded.model, data["train"], replace(recipe, block=""), head=loaded.head, mask=mask)  # chosen above
     quality = {part: evaluate(loaded.model, data[part], recipe.precision) for part in ("validation", "test")}
     assert outcome.tuning is not None
     with TemporaryDirectory() as folder:

@@ -17,6 +17,7 @@ from fishmask.mask import Mask
 from fishmask.recipe import Recipe
 from fishmask.run import load_run, train_table
 from fishmask.scorefile import read_scores
+from fishmask.states import FolderStates
 from fishmask.train import predict
 from tests import tiny
 
@@ -138,6 +139,23 @@ def test_a_step_budget_and_a_prefix_cache_are_told_and_leave_nothing(place, tmp_
     assert (recipe["step_budget"], recipe["prefix_cache_bytes"]) == (0.6, 20_000_000)
     refusal("train", place / "model", place / "train.tsv", *options, "--step-budget", 0.1, code=2)
     refusal("train", place / "model", place / "train.tsv", *options, "--prefix-cache", "much", code=2)
+
+
+def test_a_mask_given_is_refused_beside_what_it_cannot_heed(place, tmp_path):
+    options = ("--mask", place / "mask.st", "--step-budget", 0.55, "--block", "4x4", "-o", tmp_path / "run")
+    refused = refusal("train", place / "model", tmp_path / "not there.tsv", *options, code=2)
+    assert "does not go with step_budget=0.55, block='4x4'" in refused and not (tmp_path / "run").exists()
+
+
+def test_a_run_deletes_only_states_of_its_own(place, tmp_path):
+    options = ("--method", "random", "--density", 0.1, "--epochs", 1, "-o", tmp_path / "run")
+    folder = tmp_path / "run" / "prefix_cache"
+    FolderStates(folder, 1000, {"of": "a run that was killed"}).close()
+    (folder / "mine.txt").write_text("mine")
+    call("train", place / "model", place / "train.tsv", *options)
+    assert len(list(folder.iterdir())) == 5
+    call("train", place / "model", place / "train.tsv", *options, "--step-budget", 0.6, "--prefix-cache", "20MB")
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
 
 
 def test_train_leaves_the_delta_the_metrics_and_the_log(place):

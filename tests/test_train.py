@@ -126,7 +126,7 @@ def test_the_warm_up_moves_the_head_alone_and_counts_as_training(folder, example
 def test_a_mask_chosen_beforehand_is_the_one_trained(folder, examples):
     mask = Mask.random(load_for_training(folder, examples.classes).model, 0.05, seed=1)
     assert tuned(folder, examples, TINY, mask=mask)[2].tuning.mask == mask
-    with pytest.raises(ValueError, match="goes with neither"):
+    with pytest.raises(ValueError, match="does not go with method="):
         tuned(folder, examples, replace(TINY, method="full"), mask=mask)
 
 
@@ -396,7 +396,43 @@ def test_the_cache_begins_after_the_warm_up(folder, examples):
     assert outcome.prefix["computed"] == len(data)
 
 
-def test_a_cache_needs_a_mask_that_leaves_the_first_block_alone(folder, examples, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"step_budget": 1.0},
+        {"method": "random", "among": "layers"},
+        {"exclude": ("embeddings",), "warm_up_head": 2},
+    ],
+)
+def test_a_cache_needs_a_mask_that_leaves_the_first_block_alone(folder, examples, tmp_path, changes):
+    seen = []
+    recipe = replace(CACHED, **{"step_budget": None, **changes})
+    with pytest.raises(FishError, match=r"needs everything up to bert.encoder.layer.0 frozen, but the mask may reach"):
+        tuned(folder, examples, recipe, prefix_folder=tmp_path / "p", progress=lambda phase, *_: seen.append(phase))
+    assert not seen and not (tmp_path / "p").exists()  # before anything is scored or trained
+
+
+def test_a_cache_that_is_refused_later_leaves_no_folder(folder, examples, tmp_path):
     with pytest.raises(FishError, match=r"entries in bert.encoder.layer.0, so there is no frozen block"):
-        tuned(folder, examples, replace(CACHED, step_budget=None), prefix_folder=tmp_path / "prefix")
-    assert not (tmp_path / "prefix").exists()
+        tuned(folder, examples, replace(CACHED, step_budget=None, method="biases"), prefix_folder=tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_mask_that_is_kept_above_by_names_needs_no_budget(folder, examples, tmp_path):
+    recipe = replace(CACHED, step_budget=None, exclude=("embeddings", "layer.0"), epochs=1)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "mine.txt").write_text("mine")
+    _, data, outcome = tuned(folder, examples, recipe, prefix_folder=tmp_path / "p")
+    assert outcome.prefix["served"] == len(data)
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"block": "2x2"}, "block='2x2'"), ({"step_budget": 0.6, "block": "rows"}, "step_budget=0.6, block='rows'")],
+)
+def test_a_mask_given_cannot_heed_a_budget_or_blocks(folder, examples, changes, named):
+    mask = Mask.from_indices({"bert.encoder.layer.1.output.dense.bias": [0]})
+    with pytest.raises(ValueError, match=f"a mask chosen beforehand does not go with {named}: leave it out"):
+        tuned(folder, examples, replace(TINY, **changes), mask=mask)

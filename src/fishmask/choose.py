@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fishmask.attach import attach
-from fishmask.compute import step_costs
+from fishmask.compute import StepCosts, step_costs
 from fishmask.data import Encoded
+from fishmask.errors import FishError
 from fishmask.fisher import scores
 from fishmask.loop import Descent, Progress, no_progress, other_batches
 from fishmask.mask import Mask
@@ -51,14 +52,42 @@ def choose(
     return Mask.from_scores(found, recipe.density, keep=keep, exclude=exclude, block=block)
 
 
+def check_frozen_below(model: nn.Module, data: Encoded, recipe: Recipe, keep: Sequence[str] = ()) -> None:
+    """Refuse a recipe that may choose entries in the first block or before it, which a prefix cache needs frozen.
+
+    Before anything is scored or trained, so what counts is what may be chosen, not what will be.
+
+    Args:
+        model: The model.
+        data: Training examples.
+        recipe: A recipe whose method chooses entries.
+        keep: Patterns of parameters to train whole.
+
+    Raises:
+        FishError: There is such a parameter, or the model is no chain of blocks.
+    """
+    costs = _costs(model, data, recipe)
+    left_out = set(matching(weights(model), _excluded(model, data, recipe, keep), "exclude"))
+    if low := [name for name in costs.below(1) if name not in left_out]:
+        raise FishError(
+            f"a prefix cache needs everything up to {costs.chain}.0 frozen, but the mask may reach there ({low[0]} and "
+            f"{len(low) - 1} others): set a step_budget below 1, or leave the first blocks out with exclude"
+        )
+
+
 def _excluded(model: nn.Module, data: Encoded, recipe: Recipe, keep: Sequence[str]) -> tuple[str, ...]:
     """Return the patterns of everything that may not be chosen."""
     exclude = (*recipe.exclude, *(outside_of_layers(model, keep) if recipe.among == "layers" else ()))
     if recipe.step_budget is None:
         return exclude
+    cached = recipe.prefix_cache_bytes > 0
+    return (*exclude, *_costs(model, data, recipe).excluded(recipe.step_budget, cached=cached))
+
+
+def _costs(model: nn.Module, data: Encoded, recipe: Recipe) -> StepCosts:
+    """Count the costs of a step on the batch of middling length."""
     lengths = data.in_order(recipe.batch_size)
-    costs = step_costs(model, data.batch(lengths[len(lengths) // 2]))
-    return (*exclude, *costs.excluded(recipe.step_budget, cached=recipe.prefix_cache_bytes > 0))
+    return step_costs(model, data.batch(lengths[len(lengths) // 2]))
 
 
 def outside_of_layers(model: nn.Module, keep: Sequence[str] = ()) -> list[str]:

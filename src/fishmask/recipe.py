@@ -148,6 +148,21 @@ class Recipe:
         if self.method in ("biases", *MASKLESS) and (self.exclude or self.among != "all"):
             raise ValueError(f"exclude and among are for masks chosen by density; method={self.method!r} takes none")
 
+    def check_mask_given(self) -> None:
+        """Refuse what a mask that was chosen beforehand cannot heed.
+
+        Raises:
+            ValueError: A method without a mask, ``warm_up_head``, ``step_budget`` or ``block`` is set.
+        """
+        settings = {
+            "method": self.method in MASKLESS, "warm_up_head": self.warm_up_head > 0,
+            "step_budget": self.step_budget is not None, "block": bool(self.block),
+        }  # fmt: skip
+        if refused := [f"{name}={getattr(self, name)!r}" for name, is_set in settings.items() if is_set]:
+            raise ValueError(
+                f"a mask chosen beforehand does not go with {', '.join(refused)}: leave it out, or the mask"
+            )
+
 
 def recipe_from(settings: Mapping[str, Any]) -> Recipe:
     """Return the recipe that was written as JSON (lists become tuples again)."""

@@ -24,6 +24,7 @@ from fishmask.mask import Mask
 from fishmask.measure import quality
 from fishmask.recipe import Recipe
 from fishmask.rivals import load_adapter, save_adapter
+from fishmask.states import delete_states
 from fishmask.train import Outcome, fit, predict
 
 MODEL_FILE = "model.safetensors"
@@ -63,6 +64,8 @@ def train_table(
     Returns:
         The metrics, as in ``metrics.json``.
     """
+    if mask is not None:
+        recipe.check_mask_given()
     examples = read_examples(data, **columns)
     checks = _checks(validation, columns, examples)
     chosen = None if mask is None else read_mask(mask)
@@ -78,7 +81,8 @@ def train_table(
     commits = folder / CHECKPOINTS_FOLDER
     log = CheckpointLog(commits, store_base=False, keep_last=2) if checkpoint_every else None
     prefix = folder / PREFIX_FOLDER
-    shutil.rmtree(prefix, ignore_errors=True)  # what a killed run left
+    if recipe.prefix_cache_bytes:
+        delete_states(prefix)  # what a killed run left
     try:
         outcome = fit(
             loaded.model,

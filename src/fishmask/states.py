@@ -19,6 +19,7 @@ from fishmask.publish import Lock, make_folder, replace_file
 KEY_BYTES = 16
 _LINE = struct.Struct("<16sQQI")  # key, offset, length, CRC-32 of the bytes; behind it the CRC-32 of the line itself
 _CHECK = struct.Struct("<I")
+_IDENTITY, _STATES, _INDEX, _LOCK = "prefix.json", "states.bin", "index.bin", ".lock"
 LINE_BYTES = _LINE.size + _CHECK.size
 
 
@@ -72,14 +73,14 @@ class FolderStates:
     def __init__(self, folder: Path, limit_bytes: int, identity: dict[str, Any]) -> None:
         self._folder, self._limit, self._broken = folder, limit_bytes, False
         make_folder(folder)
-        self._lock = Lock(folder / ".lock")
+        self._lock = Lock(folder / _LOCK)
         self._lock.acquire()
         self._places: dict[bytes, tuple[int, int, int]] = {}
         self._sound: set[bytes] = set()  # those whose bytes were checked, or written, by this process
         self._open: list[BinaryIO] = []
         try:
             _check_identity(folder, identity)
-            self._states, self._index = (self._opened(folder / name) for name in ("states.bin", "index.bin"))
+            self._states, self._index = (self._opened(folder / name) for name in (_STATES, _INDEX))
             self._read_index()
             if self.nbytes > limit_bytes:
                 raise FishError(
@@ -168,11 +169,28 @@ class FolderStates:
         self._lock.release()
 
 
+def delete_states(folder: Path) -> None:
+    """Delete the files of a folder of states, and the folder if nothing else is in it; any other is left alone.
+
+    Args:
+        folder: One that no process has open.
+
+    Raises:
+        OSError: A file cannot be deleted.
+    """
+    if not (folder / _IDENTITY).exists():
+        return
+    for name in (_STATES, _INDEX, _LOCK, _IDENTITY):  # that by which it is known goes last
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # somebody else's files
+        folder.rmdir()
+
+
 def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
     """Refuse a folder whose states belong to something else; name an empty one's."""
-    path = folder / "prefix.json"
+    path = folder / _IDENTITY
     if not path.exists():
-        if (folder / "index.bin").exists():
+        if (folder / _INDEX).exists():
             raise FishError(f"{folder} has states but no prefix.json to tell whose: delete it, or name another folder")
         replace_file(path, [json.dumps(identity, indent=2).encode(), b"\n"])
         return

@@ -6,7 +6,6 @@ train their values. Warm-up and training share the steps and the schedule, so ev
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fishmask.attach import Tuning, attach
-from fishmask.choose import choose, narrow
+from fishmask.choose import check_frozen_below, choose, narrow
 from fishmask.claim import digest_of
 from fishmask.data import Encoded
 from fishmask.errors import FishError
@@ -31,6 +30,7 @@ from fishmask.params import canonical_parameters, matching
 from fishmask.prefix import PrefixCache
 from fishmask.recipe import MASKLESS, Precision, Recipe
 from fishmask.rivals import diff_pruning, peft_model, trained_entries
+from fishmask.states import delete_states
 
 FILLING = "filling the cache"
 
@@ -99,15 +99,17 @@ def fit(
 
     Raises:
         Diverged: The loss is not finite.
-        FishError: ``checkpoints`` holds another training: other data, another recipe, or another mask.
+        FishError: ``checkpoints`` holds another training: other data, another recipe, or another mask. Or the recipe
+            has a prefix cache, and nothing keeps the mask out of the first block.
+        ValueError: The recipe and the other arguments do not go together.
     """
     torch.manual_seed(recipe.seed)  # for dropout
     steps = recipe.epochs * math.ceil(len(data) / recipe.batch_size)
     if recipe.warm_up_head >= steps:
         raise ValueError(f"warm_up_head={recipe.warm_up_head} leaves no step for training: there are {steps} in all")
     keep = tuple(recipe.keep or head)
-    if mask is not None and (recipe.method in MASKLESS or recipe.warm_up_head):
-        raise ValueError(f"a mask chosen beforehand goes with neither method={recipe.method!r} nor warm_up_head")
+    if mask is not None:
+        recipe.check_mask_given()
     if checkpoints is not None and mask is None and recipe.method in MASKLESS:
         raise ValueError(f"method={recipe.method!r} has no mask, so its training cannot be committed")
     if checkpoint_every < 1:
@@ -117,6 +119,9 @@ def fit(
     if resumed is not None:
         outcome = Outcome(attach(model, resumed.mask()), 0, **_known(resumed, training))
     else:
+        # Of biases a lower block may have none, and they take no scoring to find out.
+        if recipe.prefix_cache_bytes and mask is None and recipe.method != "biases":
+            check_frozen_below(model, data, recipe, keep)
         outcome = _begin(model, data, recipe, keep, mask, progress)
     parameters = list(outcome.tuning.parameters() if outcome.tuning else model.parameters())
     over = recipe.search_epochs if recipe.method == "narrowing" and mask is None else 0
@@ -177,7 +182,7 @@ def fit(
 def _served(
     outcome: Outcome, tuning: Tuning, data: Encoded, recipe: Recipe, folder: Path | None, progress: Progress
 ) -> Iterator[None]:
-    """Fill a prefix cache with all examples, in one order whenever it is filled, and use it; then delete it."""
+    """Fill a prefix cache with all examples, in one order whenever it is filled, and use it; then delete its files."""
     begin = perf_counter()
     batches = data.in_order(recipe.batch_size)
     try:
@@ -192,7 +197,7 @@ def _served(
             outcome.prefix = {"bytes": cache.nbytes, "served": cache.served, "computed": cache.computed}
     finally:
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            delete_states(folder)
 
 
 def _identity(data: Encoded, recipe: Recipe, mask: Mask | None) -> str:
