@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from benchmarks.models import goals
 from experiments.cifar10 import table as cifar10_table
 from experiments.distributed_cifar10 import table as distributed_cifar10_table
 from experiments.distributed_glue import table as distributed_glue_table
@@ -188,7 +189,7 @@ def models() -> str:
     """Return the benchmark of all sizes: a table for each model, one row per method, and what scoring it takes."""
     lines = latest(records("models"), lambda line: (line["model"], line["device"], line["method"]))
     parts = []
-    for key in dict.fromkeys((line["model"], line["device"]) for line in lines):
+    for key in dict.fromkeys((line["model"], line["device"]) for line in sorted(lines, key=lambda line: line["n"])):
         parts += _of_model([line for line in lines if (line["model"], line["device"]) == key])
     loads = [line["load"] for line in lines if "load" in line]
     parts.append(f"{machine(lines[-1])} Load average {min(loads):.1f} to {max(loads):.1f}.")
@@ -229,7 +230,30 @@ def _of_model(lines: list[Record]) -> list[str]:
             loop = f", by the loop {line['loop_seconds']:.2f} s" if "loop_seconds" in line else "; the loop did not fit"
             ratio = f", {line['times_faster']:.1f} × as long" if "times_faster" in line else ""
             told.append(f"{took}{loop}{ratio}.")
+    for title, kind in (("reached", True), ("missed", False)):
+        if texts := [text for reached, text in goals(lines) if reached is kind]:
+            told.append(f"Goals {title}: {'; '.join(texts)}.")
+    if not any(line["fits"] for line in lines):
+        told.append("Nothing of it was run.")
     return told
+
+
+def resident() -> str:
+    """Return what a process has resident beside its forecast: one row per model and setting of glibc."""
+    lines = latest(records("resident"), lambda line: (line["model"], any(line["fixed"].values())))
+    rows = [
+        [
+            f"{line['model']}, {line['shape']}, {line['dtype']}, glibc {'fixed' if fixed else 'default'}",
+            *(f"{line[name] / 2**20:,.0f}" for name in ("predicted_bytes", "resident_bytes")),
+            f"{line['resident_bytes'] / line['predicted_bytes']:.2f}",
+            f"{line['seconds']:.2f}",
+        ]
+        for line in lines
+        for fixed in [any(line["fixed"].values())]
+    ]
+    columns = ["process", "MiB forecast", "MiB resident", "resident ÷ forecast", "CPU seconds of a step"]
+    loads = [line["load"] for line in lines]
+    return f"{table(columns, rows)}\n\n{machine(lines[-1])} Load average {min(loads):.1f} to {max(loads):.1f}."
 
 
 def kernels() -> str:
@@ -507,6 +531,7 @@ BLOCKS: dict[str, tuple[str, Callable[[], str]]] = {
     "scoring-scale": ("scoring_scale", scoring_scale),
     "step": ("step", step),
     "models": ("models", models),
+    "resident": ("resident", resident),
     "kernels": ("kernels", kernels),
     "checkpoints": ("checkpoints", checkpoints),
     "commits": ("checkpoints", commits),

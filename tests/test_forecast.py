@@ -27,6 +27,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import fishmask
+from benchmarks.models import FLOOR, OURS, goals
 from fishmask import FishError, Mask, attach, forecast
 from fishmask.cli import app
 from fishmask.empty import empty_model, prepared, recompute, tokens
@@ -386,6 +387,18 @@ def test_what_fails_without_data_is_one_error_that_says_what_to_do() -> None:
         forecast(bare, batch=(2, 8))
     with pytest.raises(FishError, match=r"PEFT makes no LoRA of DistilBertForSequenceClassification"):
         forecast(DISTILBERT, batch=(2, 8), method="lora:8")
+
+
+def test_a_goal_is_said_to_be_reached_only_where_the_lines_show_it() -> None:
+    def lines(**ours: float) -> list[dict[str, Any]]:
+        about = {"device": "cpu", "fits": True}
+        made = {"seconds": 1.04, "allocated_bytes": 100, "predicted_bytes": 105, **ours}
+        return [{**about, "method": FLOOR, "seconds": 1.0}, {**about, "method": OURS, **made}]
+
+    assert [reached for reached, _ in goals(lines())] == [True, True]
+    assert [reached for reached, _ in goals(lines(seconds=1.06))] == [False, True]
+    assert goals(lines(predicted_bytes=80))[1] == (False, "forecasts at most 20.0% off the peak (at most 10 %)")
+    assert goals([line | {"fits": False} for line in lines()]) == []
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

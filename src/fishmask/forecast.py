@@ -98,8 +98,9 @@ def forecast(
     """Tell how much memory a training step takes, without loading weights and without computing anything.
 
     A step is run on the meta device, where tensors have sizes and no data, with the attention and dropout of the device
-    that is asked for; every block of memory is followed from its birth to its end. Outside are what single kernels and
-    libraries take while they run, what the allocator rounds up, and the process itself.
+    that is asked for; every block of memory is followed from its birth to its end. So it is what PyTorch's allocator
+    gives out. Outside are what single kernels and libraries take while they run, what the allocator rounds up, the
+    process itself, and what glibc keeps of freed memory: docs/large_models.md says how much, and how to have it back.
 
     Args:
         model: A model, which is not touched; a configuration of transformers; or a model folder or a name on the hub,
