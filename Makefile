@@ -44,6 +44,7 @@ bench: $(STAMP) ## Compare scoring, one training step, checkpoints, exchanges an
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.structured
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.budgets
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.models
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.resident
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.checkpoints
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.exchange

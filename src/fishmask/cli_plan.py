@@ -77,4 +77,5 @@ def plan(
     print_table(title, ["", *columns], rows)
     if device == "cuda":
         note(f"In the host's memory: {size_text(first.host)} for the mask.")
-    note("Besides: what the process and its libraries take, and what the allocator rounds up.")
+    kept = ", what glibc keeps of freed memory" if device == "cpu" else ""
+    note(f"Besides: what the process and its libraries take{kept}, and what the allocator rounds up.")
