@@ -150,11 +150,14 @@ def test_a_mask_given_is_refused_beside_what_it_cannot_heed(place, tmp_path):
 def test_a_run_deletes_only_states_of_its_own(place, tmp_path):
     options = ("--method", "random", "--density", 0.1, "--epochs", 1, "-o", tmp_path / "run")
     folder = tmp_path / "run" / "prefix_cache"
-    FolderStates(folder, 1000, {"of": "a run that was killed"}).close()
+    states = FolderStates(folder, 1000, {"of": "a run that was killed"})
+    cached = (*options, "--step-budget", 0.6, "--prefix-cache", "20MB")
+    assert "being written by another process" in refusal("train", place / "model", place / "train.tsv", *cached, code=1)
+    states.close()
     (folder / "mine.txt").write_text("mine")
     call("train", place / "model", place / "train.tsv", *options)
     assert len(list(folder.iterdir())) == 5
-    call("train", place / "model", place / "train.tsv", *options, "--step-budget", 0.6, "--prefix-cache", "20MB")
+    call("train", place / "model", place / "train.tsv", *cached)
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
 
 

@@ -173,15 +173,22 @@ def delete_states(folder: Path) -> None:
     """Delete the files of a folder of states, and the folder if nothing else is in it; any other is left alone.
 
     Args:
-        folder: One that no process has open.
+        folder: The folder; it need not be there.
 
     Raises:
+        FishError: The folder is in use.
         OSError: A file cannot be deleted.
     """
     if not (folder / _IDENTITY).exists():
         return
-    for name in (_STATES, _INDEX, _LOCK, _IDENTITY):  # that by which it is known goes last
-        (folder / name).unlink(missing_ok=True)
+    lock = Lock(folder / _LOCK)
+    lock.acquire()
+    try:
+        for name in (_STATES, _INDEX, _IDENTITY):  # that by which it is known goes last
+            (folder / name).unlink(missing_ok=True)
+    finally:
+        lock.release()
+    (folder / _LOCK).unlink(missing_ok=True)
     with suppress(OSError):  # somebody else's files
         folder.rmdir()
 
